@@ -1,0 +1,34 @@
+"""What differs between versions of jax, in one place.  Written for jax 0.10 to 0.12."""
+
+import jax
+import jax.numpy as jnp
+from jax.extend.random import threefry2x32_p
+from jax.sharding import AxisType, Mesh
+
+
+def make_mesh(sizes: tuple[int, ...], names: tuple[str, ...], devices) -> Mesh:
+    """A mesh whose axes are all `Auto`: since 0.8 the default of jax is `Explicit`, which types every array."""
+    import numpy as np
+
+    return Mesh(np.asarray(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def varying_axes(a) -> tuple[str, ...]:
+    """Mesh axes over which `a` is typed as varying, inside `jax.shard_map`."""
+    return tuple(jax.typeof(a).mat.varying)
+
+
+def vary(a, axes):
+    """Type `a` as varying over `axes` too; free forward, its transpose sums the cotangent over those axes."""
+    missing = tuple(axis for axis in axes if axis not in varying_axes(a))
+    return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+
+def random_bits(key, high, low):
+    """32 random bits for each pair of counters (uint32 arrays of one shape): a pure function of key, high and low.
+
+    Source: Salmon et al. 2011, Threefry-2x32 with 20 rounds, as in `jax.random`'s default generator.
+    """
+    keys = [jnp.broadcast_to(word, high.shape) for word in jax.random.key_data(key)]
+    axes = sorted({*varying_axes(high), *varying_axes(low), *varying_axes(keys[0])})
+    return threefry2x32_p.bind(*[vary(word, axes) for word in (*keys, high, low)])[0]

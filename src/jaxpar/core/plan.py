@@ -1,0 +1,121 @@
+"""A Plan: how one step is spread over devices and time, as plain values that fit in one string."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from jaxpar.core import family
+from jaxpar.core.refuse import Problem, Refused, near_miss
+from jaxpar.core.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Mesh, tensor scheme, schedule, memory and precision of a run.  `Plan.parse(str(plan)) == plan`.
+
+    Attributes:
+        data: devices on the data axis.
+        tensor: scheme and its sizes: `single`, `one_d:T`, `sequence:T`, `fsdp:F`, `two_d:RxC`, `two_half_d:DxRxC` or `three_d:IxJxK`.
+        pipe: devices on the pipeline axis.
+        schedule: order of pipeline work.
+        chunks: model chunks per pipeline device.
+        microbatches: parts of a batch that are worked on one after the other, gradients summed.
+        storage: what a pipeline stage keeps: `recompute` or `residual`.
+        zero: ZeRO stage over the data axis, 0 to 3.
+        zero_group: devices of the data axis that share one copy; 0 for all.
+        remat: what the backward pass computes again.
+        regather: inside a scan over blocks, gather operands again in the backward pass rather than keep them.
+        ring: overlap gathers with products, piece by piece.
+        unroll: blocks unrolled (`true`), in one scan (`false`), or as is faster (`auto`).
+        offload: what rests in host memory.
+        precision: a member of policies/.
+        partition: `manual` (every collective derived here) or `auto` (left to XLA).
+        reducer: a member of reducers/: how gradients are summed over data.
+    """
+
+    data: int = 1
+    tensor: str = "single"
+    pipe: int = 1
+    schedule: str = "one_f_one_b"
+    chunks: int = 1
+    microbatches: int = 1
+    storage: str = "recompute"
+    zero: int = 0
+    zero_group: int = 0
+    remat: str = "none"
+    regather: bool = True
+    ring: bool = False
+    unroll: str = "auto"
+    offload: str = "none"
+    precision: str = "fp32"
+    partition: str = "manual"
+    reducer: str = "mean"
+
+    @classmethod
+    def parse(cls, text: str) -> "Plan":
+        """A plan from `"field=value,field=value"`; fields that are not named keep their defaults.
+
+        Raises:
+            Refused: naming every key that is unknown or given twice, and every value of the wrong type.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        values, problems = {}, []
+        for item in filter(None, (item.strip() for item in text.split(","))):
+            key, equals, value = (part.strip() for part in item.partition("="))
+            if not equals:
+                problems.append(Problem("plan", repr(item), "is not of the form field=value.", "data=2,tensor=two_d:2x2"))
+            elif key not in fields:
+                problems.append(Problem(f"plan.{key}", value, "there is no such field.", near_miss(key, fields)))
+            elif key in values:
+                problems.append(Problem(f"plan.{key}", value, "is given twice."))
+            else:
+                try:
+                    values[key] = _read(type(fields[key].default), value)
+                except ValueError as error:
+                    problems.append(Problem(f"plan.{key}", value or "(nothing)", str(error)))
+                    values[key] = None
+        if problems:
+            raise Refused(problems)
+        return cls(**values)
+
+    def __str__(self) -> str:
+        """The fields that differ from their defaults, in order; `data=1` if none does."""
+        fields = [(field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self)]
+        items = [f"{name}={_written(value)}" for name, value, default in fields if value != default]
+        return ",".join(items) or "data=1"
+
+
+def _written(value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read(kind: type, text: str):
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("must be true or false.")
+        return text.lower() == "true"
+    if kind is int:
+        if not text.lstrip("-").isdecimal():
+            raise ValueError("must be a whole number.")
+        return int(text)
+    if not text:
+        raise ValueError("must not be empty.")
+    return text
+
+
+def scheme_of(tensor: str) -> Scheme:
+    """The scheme that `plan.tensor` names, such as `"two_d:2x4"`.
+
+    Raises:
+        Refused: for an unknown name (with the likeliest), a wrong number of sizes, or a size below 1.
+    """
+    path, python, rest = tensor.rpartition(".py:")
+    name, _, sizes = rest.partition(":")
+    member = family.pick("schemes", path + python + name, "plan.tensor")
+    wanted = family.parameters(member)
+    form = ":".join([name, "x".join(wanted)]) if wanted else name
+    given = sizes.split("x") if sizes else []
+    if len(given) != len(wanted) or not all(size.isdecimal() and int(size) > 0 for size in given):
+        rule = f"{name} needs {len(wanted)} sizes of at least 1, as in {form}." if wanted else f"{name} takes no sizes."
+        legal = ":".join(filter(None, [name, "x".join(["2"] * len(wanted))]))
+        raise Refused([Problem("plan.tensor", tensor, rule, legal)])
+    return member(*map(int, given))

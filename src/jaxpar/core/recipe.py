@@ -1,0 +1,103 @@
+"""A Recipe: every choice of one run, as plain values; equal recipes give equal runs."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxpar.core.plan import Plan
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model, and its sizes; a field that the model does not have must stay None.
+
+    Attributes:
+        name: a member of models/, or path/to/file.py:name.
+        layers: blocks.
+        width: features of the residual stream.
+        hidden: features inside a block; by default the model's own.
+        heads: attention heads.
+        kv_heads: key and value heads, a divisor of heads; by default as many.
+        context: longest sequence, in tokens.
+        vocab: tokens or classes; by default what the data has.
+        dropout: share of entries zeroed in training.
+        norm: a member of norms/.
+        activation: gelu (exact), gelu_tanh or relu.
+        bias: whether projections and norms have a bias.
+        tied: whether the head is the token table.
+    """
+
+    name: str = "gpt"
+    layers: int | None = None
+    width: int | None = None
+    hidden: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    context: int | None = None
+    vocab: int | None = None
+    dropout: float | None = None
+    norm: str | None = None
+    activation: str | None = None
+    bias: bool | None = None
+    tied: bool | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which data.
+
+    Attributes:
+        name: a member of datasets/, or path/to/file.py:name.
+    """
+
+    name: str = "stdlib_text"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every choice of one run.
+
+    Attributes:
+        model: which model.
+        data: which data.
+        plan: how a step is spread over devices, such as data=2,tensor=two_d:2x2.
+        batch: examples per step, over all devices.
+        steps: updates in the whole run.
+        seed: of parameters, data order and dropout.
+        optimizer: a member of optimizers/.
+        learning_rate: largest rate, reached after the warm-up; then a cosine down to a tenth of it.
+        warmup: steps of linear warm-up.
+        weight_decay: decoupled decay of matrices, per unit of learning rate.
+        clip: largest global norm of the gradients; 0 for no limit.
+        evaluate_every: steps between evaluations on held-out data; 0 for the end only.
+        evaluate_batches: held-out batches per evaluation, at most.
+        checkpoint_every: steps between checkpoints; 0 for the end only.
+    """
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    plan: Plan = field(default_factory=Plan)
+    batch: int = 32
+    steps: int = 200
+    seed: int = 0
+    optimizer: str = "adamw"
+    learning_rate: float = 3e-3
+    warmup: int = 20
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    evaluate_every: int = 100
+    evaluate_batches: int = 8
+    checkpoint_every: int = 100
+
+    def to_json(self) -> str:
+        """All fields as JSON, the plan as its string; `Recipe.from_json` reads it back."""
+        values = dataclasses.asdict(self) | {"plan": str(self.plan)}
+        return json.dumps(values, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """The recipe that `to_json` wrote."""
+        values: dict[str, Any] = json.loads(text)
+        parts = {"model": Model(**values["model"]), "data": Data(**values["data"]), "plan": Plan.parse(values["plan"])}
+        return cls(**values | parts)

@@ -1,0 +1,116 @@
+"""The nouns of jaxpar: small records of plain values and pure functions, made once, then only read."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Tree = Any  # a pytree of arrays
+
+
+class Layer(NamedTuple):
+    """A model or a part of one.
+
+    Attributes:
+        init: `init(key) -> (params, extra)`: trained leaves and state without gradient, both for the whole model.
+        apply: `apply(params, extra, x, ctx) -> (y, extra)`: one device's part of the work; all it may know of other
+            devices it asks of `ctx`.
+        dims: mirrors what `init` returns, with one string of dim names per leaf, such as `"embed mlp"`: the whole
+            sharding rule. Words: `batch context height width` (rows), `embed` (outer), `mlp heads kv_heads vocab
+            channels` (inner), `layers`, and `-` (never split).
+        parts: the layers of a chain, in order, where there is one; pipelines, ZeRO and remat cut only here.
+    """
+
+    init: Callable[..., tuple[Tree, Tree]]
+    apply: Callable[..., tuple[Any, Tree]]
+    dims: tuple[Tree, Tree]
+    parts: tuple = ()
+
+
+class Context(NamedTuple):
+    """The last argument of `Layer.apply`: all that a layer needs to know of devices, precision, randomness and mode.
+
+    A dim word is split or not as the plan says; a layer never asks how. Activations have their rows first and their
+    features last: `x[batch, embed]`, `x[batch, context, embed]`, `x[batch, height, width, embed]`.
+
+    Attributes:
+        dot: `dot(x, w, "embed mlp")`: x times w; with tuples of weights and dims, several products that share x.
+        conv: `conv(x, w, "embed channels", strides=1)`: the same for kernels `w[height, width, in, out]`, zero-padded to
+            keep size / strides.
+        mean: `mean(x, "embed", over="embed")`: mean over whole dims, kept as dims of size 1.
+        lookup: `lookup(table, ids)`: rows of `table["vocab embed"]`.
+        cross_entropy: `cross_entropy(logits, labels)`: nats per row, 0 where the label is negative.
+        start: `start("heads", 4)`: global index of the first of 4 local entries of a dim; for a row dim
+            `start("context", 8, beside="embed")`, since rows may lie differently beside outer and inner features.
+        extent: `extent("batch", 4, beside="embed")`: entries over all devices of a dim that has 4 here.
+        dropout: `dropout(x, rate, site, dims)`: the mask depends on (seed, step, layer, site, global index) alone.
+        block: `block(apply)`: how a stack runs its body over leaves with a leading `layers` dim.
+        hold: `hold(w, "mlp mlp")`: a weight fetched once, ahead of a loop that uses it many times.
+        loop: `loop(body, carry, xs)`: `jax.lax.scan` for a loop over rows, counted by the bill.
+        train: whether this is training (dropout on, batch statistics) or evaluation.
+    """
+
+    dot: Callable
+    conv: Callable
+    mean: Callable
+    lookup: Callable
+    cross_entropy: Callable
+    start: Callable
+    extent: Callable
+    dropout: Callable
+    block: Callable
+    hold: Callable
+    loop: Callable
+    train: bool
+
+
+class State(NamedTuple):
+    """Everything that a checkpoint holds, and nothing else.
+
+    Attributes:
+        step: int32 scalar, updates done.
+        params: trained leaves, global arrays.
+        extra: the model's state without gradient, such as running statistics.
+        opt: the optimizer's state.
+        comm: the reducer's state, such as what it has not sent yet.
+    """
+
+    step: Any
+    params: Tree
+    extra: Tree
+    opt: Tree
+    comm: Tree
+
+
+class Dataset(NamedTuple):
+    """Data as a pure function of the step, so that a checkpoint needs no iterator.
+
+    Attributes:
+        batch: `batch(step) -> (inputs, labels)`: the global training batch, numpy; a negative label is ignored.
+        held_out: `held_out(i) -> (inputs, labels)` for `i < held_out_batches`: the same for the held-out split.
+        held_out_batches: number of whole held-out batches.
+        classes: number of distinct labels (for text: the vocabulary).
+        example: shape of one input without the batch dim.
+        splits: training and held-out split as whole arrays (uint8 tokens, or examples), for baselines.
+        source: one line: what was read, from where.
+    """
+
+    batch: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    held_out: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    held_out_batches: int
+    classes: int
+    example: tuple[int, ...]
+    splits: tuple[np.ndarray, np.ndarray]
+    source: str
+
+
+class Reducer(NamedTuple):
+    """How the gradients that each device of the data axis found become the same everywhere.
+
+    Attributes:
+        init: `init(params) -> state`, kept in `State.comm`.
+        reduce: `reduce(gradients, state, total) -> (gradients, state)`, with `total(a)` the sum of one array over data.
+    """
+
+    init: Callable
+    reduce: Callable

@@ -1,0 +1,1 @@
+"""Data as a pure function of the step: one dataset per file."""

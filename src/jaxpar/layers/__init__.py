@@ -1,0 +1,1 @@
+"""Parts of models, written once against the Context."""

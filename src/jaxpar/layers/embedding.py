@@ -1,0 +1,62 @@
+"""Token and position tables, and the head that turns features into logits."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpar.core.types import Layer
+from jaxpar.layers.dense import normal
+
+MASKED = -1e30  # the logit of a class that does not exist: its probability is exactly 0 in float32
+
+
+def tokens(vocab: int, width: int, deviation: float = 0.02) -> Layer:
+    """From `ids[batch, context]` to their rows of a table, `y[batch, context, width]`."""
+
+    def init(key):
+        return {"table": normal(key, (vocab, width), deviation)}, {}
+
+    def apply(params, extra, ids, ctx):
+        return ctx.lookup(params["table"], ids), extra
+
+    return Layer(init, apply, dims=({"table": "vocab embed"}, {}))
+
+
+def positions(context: int, width: int, deviation: float = 0.02) -> Layer:
+    """Add a learned row to each position.
+
+    Raises:
+        ValueError: at trace time, if x has more positions than the table.
+
+    Source: Radford et al. 2019 (GPT-2), section 2.3.
+    """
+
+    def init(key):
+        return {"table": normal(key, (context, width), deviation)}, {}
+
+    def apply(params, extra, x, ctx):
+        count = x.shape[1]
+        if count > context:
+            raise ValueError(f"x has {count} positions, but model.context = {context}; shorten x or raise model.context.")
+        first = ctx.start("context", count, beside="embed")
+        return x + lax.dynamic_slice_in_dim(params["table"], first, count, 0).astype(x.dtype), extra
+
+    return Layer(init, apply, dims=({"table": "context embed"}, {}))
+
+
+def head(width: int, classes: int, deviation: float = 0.02) -> Layer:
+    """Logits from the features, `y[..., classes]`; entries added by padding get the logit `MASKED`."""
+
+    def init(key):
+        return {"weight": normal(key, (width, classes), deviation)}, {}
+
+    def apply(params, extra, x, ctx):
+        return logits(ctx, x, params["weight"], classes), extra
+
+    return Layer(init, apply, dims=({"weight": "embed vocab"}, {}))
+
+
+def logits(ctx, x, weight, classes: int):
+    """x times `weight["embed vocab"]`, with padding masked; a tied head passes its table transposed."""
+    y = ctx.dot(x, weight, "embed vocab").astype(jnp.float32)
+    count = y.shape[-1]
+    return jnp.where(ctx.start("vocab", count) + jnp.arange(count) < classes, y, MASKED)

@@ -1,0 +1,1 @@
+"""Models, each written once; the plan decides where it runs."""

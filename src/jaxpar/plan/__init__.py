@@ -1,0 +1,1 @@
+"""How a model lies on devices: mesh, layouts, the derived matmul, and the Context that layers see."""

@@ -1,0 +1,66 @@
+"""The devices of a plan, and where global arrays lie on them."""
+
+import os
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpar.core import compat
+from jaxpar.core.refuse import Problem, Refused
+from jaxpar.plan import layout
+from jaxpar.plan.layout import Placement
+
+
+def simulate(count: int) -> None:
+    """Ask jax for `count` CPU devices, simulated by threads; does nothing once jax has made its devices."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # jax has already made its devices: `devices` will say so if they are too few
+        return
+
+
+def devices(count: int) -> list[jax.Device]:
+    """`count` devices: accelerators if there are enough, else CPU devices, simulated if need be.
+
+    Raises:
+        Refused: if jax has fewer; the message says how to get them.
+    """
+    simulate(count)
+    found = jax.devices()
+    if len(found) < count and found[0].platform != "cpu":
+        found = jax.devices("cpu")
+    if len(found) < count:
+        rule = f"needs {count} devices, but jax has already made {len(found)} ({found[0].platform})."
+        legal = (
+            f'restart Python (in a notebook: Runtime > Restart) and run jax.config.update("jax_num_cpu_devices", {count}) '
+            f"first, right after importing jax; or take a plan for {len(found)}, such as data={len(found)}"
+        )
+        raise Refused([Problem("plan", "the mesh", rule, legal)])
+    return found[:count]
+
+
+def mesh_of(axes: Mapping[str, int]) -> Mesh:
+    """The mesh with these axes, major first; one device is the axis `data` of size 1."""
+    axes = axes or {"data": 1}
+    count = 1
+    for size in axes.values():
+        count *= size
+    return compat.make_mesh(tuple(axes.values()), tuple(axes), devices(count))
+
+
+def spec(lies: layout.Layout) -> PartitionSpec:
+    """A layout as jax writes it."""
+    return PartitionSpec(*(axes or None for axes in lies))
+
+
+def parameter_specs(placement: Placement, dims) -> PartitionSpec:
+    """The specs of a tree of dim strings."""
+    return jax.tree.map(lambda words: spec(layout.weight(placement, words)), dims)
+
+
+def shardings(mesh: Mesh, specs):
+    """Specs bound to a mesh."""
+    return jax.tree.map(lambda one: NamedSharding(mesh, one), specs, is_leaf=lambda one: isinstance(one, PartitionSpec))

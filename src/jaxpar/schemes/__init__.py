@@ -1,0 +1,1 @@
+"""Tensor-parallel schemes, one table of layouts per file."""

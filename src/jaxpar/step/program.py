@@ -1,0 +1,123 @@
+"""From a recipe to compiled functions: the state at birth, one update, one evaluation."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpar.core.types import State
+from jaxpar.plan import mesh as meshes
+from jaxpar.plan import padding
+from jaxpar.plan.layout import rows
+from jaxpar.step.gradients import evaluate, gradients
+from jaxpar.step.parts import Parts
+
+
+class Program(NamedTuple):
+    """The functions of one run; nothing is compiled before the first call of each.
+
+    Attributes:
+        mesh: devices by axis.
+        shapes: State of `jax.ShapeDtypeStruct`, padded, with shardings: what `step` takes and gives.
+        unpadded: the same as a checkpoint holds it, without padding of the vocabulary.
+        init: `init() -> State`, each leaf made on the devices where it lives.
+        batch: shapes and shardings of the (inputs, labels) that `step` takes, `[microbatches, examples, ...]`.
+        place: `place((inputs, labels)) -> batch` on the devices, `[microbatches, examples, ...]`.
+        step: jitted `step(state, batch) -> (state, metrics)`; the state is donated.
+        evaluate: jitted `evaluate(params, extra, batch) -> (nats, labels)`.
+        gradients: jitted `gradients(state, batch) -> Found`: the part inside shard_map, for tests and the bill.
+    """
+
+    mesh: Mesh
+    shapes: State
+    unpadded: State
+    init: Callable
+    place: Callable
+    step: Callable
+    evaluate: Callable
+    gradients: Callable
+
+
+def program(parts: Parts) -> Program:
+    """Lay the model out over the devices of its plan and put the step together."""
+    placement, model = parts.settings.placement, parts.model
+    mesh = meshes.mesh_of(placement.scheme.axes)
+    param_specs, extra_specs = (meshes.parameter_specs(placement, dims) for dims in model.dims)
+    batch_specs = _batch_specs(placement, parts)
+
+    def born(seed):
+        params, extra = model.init(jax.random.key(seed))
+        return _state(parts, *(padding.pad(placement, dims, tree) for dims, tree in zip(model.dims, (params, extra), strict=True)))
+
+    specs = _state_specs(parts, jax.eval_shape(born, 0), param_specs, extra_specs)
+    shardings = meshes.shardings(mesh, specs)
+    shapes = jax.tree.map(_struct, jax.eval_shape(born, 0), shardings)
+    unpadded = jax.eval_shape(lambda seed: _state(parts, *model.init(jax.random.key(seed))), 0)
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(param_specs, extra_specs, specs.comm, batch_specs, PartitionSpec()),
+        out_specs=(PartitionSpec(), param_specs, extra_specs, specs.comm),
+    )
+    def found(params, extra, comm, batch, step):
+        key = jax.random.fold_in(jax.random.key(parts.seed), step)
+        return tuple(gradients(model, parts.settings, parts.reducer, params, extra, comm, batch, key))
+
+    def step(state, batch):
+        loss, grads, extra, comm = found(state.params, state.extra, state.comm, batch, state.step)
+        updates, opt = parts.optimizer.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return State(state.step + 1, params, extra, opt, comm), metrics
+
+    measured = jax.shard_map(
+        partial(evaluate, model, parts.settings),
+        mesh=mesh,
+        in_specs=(param_specs, extra_specs, batch_specs),
+        out_specs=(PartitionSpec(), PartitionSpec()),
+    )
+    whole = NamedSharding(mesh, PartitionSpec())
+    return Program(
+        mesh=mesh,
+        shapes=shapes,
+        unpadded=unpadded,
+        init=lambda: jax.jit(born, out_shardings=shardings)(parts.seed),
+        place=partial(_place, parts.microbatches, meshes.shardings(mesh, batch_specs)),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)),
+        evaluate=jax.jit(measured),
+        gradients=jax.jit(lambda state, batch: found(state.params, state.extra, state.comm, batch, state.step)),
+    )
+
+
+def _struct(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _state(parts: Parts, params, extra) -> State:
+    return State(jnp.int32(0), params, extra, parts.optimizer.init(params), parts.reducer.init(params))
+
+
+def _state_specs(parts: Parts, shapes: State, param_specs, extra_specs) -> State:
+    """Specs of a whole State; what the optimizer keeps per parameter lies where the parameter does."""
+    whole = PartitionSpec()
+    opt = optax.tree_map_params(
+        parts.optimizer, lambda _, spec: spec, shapes.opt, param_specs, transform_non_params=lambda _: whole
+    )
+    return State(whole, param_specs, extra_specs, opt, jax.tree.map(lambda _: whole, shapes.comm))
+
+
+def _batch_specs(placement, parts: Parts):
+    """Batches enter as inner rows, behind a dim of microbatches."""
+    return tuple(PartitionSpec(None, rows(placement, "batch", "-") or None) for _ in (parts.inputs, parts.labels))
+
+
+def _place(microbatches: int, shardings, batch):
+    """Numpy (inputs, labels) of a whole batch, on the devices; a microbatch holds consecutive examples."""
+    cut = [np.reshape(a, (microbatches, -1, *np.shape(a)[1:])) for a in batch]
+    return tuple(jax.device_put(a, sharding) for a, sharding in zip(cut, shardings, strict=True))
