@@ -2,14 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.random import threefry2x32_p
 from jax.sharding import AxisType, Mesh
 
 
 def make_mesh(sizes: tuple[int, ...], names: tuple[str, ...], devices) -> Mesh:
     """A mesh whose axes are all `Auto`: since 0.8 the default of jax is `Explicit`, which types every array."""
-    import numpy as np
-
     return Mesh(np.asarray(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(names))
 
 

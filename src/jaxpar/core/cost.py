@@ -9,8 +9,7 @@ class Cost(NamedTuple):
     """A bill for one device and one step; bills add up with `plus`.
 
     Attributes:
-        sent: bytes sent, by (mesh axes joined by "+", kind of collective), with ring algorithms: (n-1) times the operand
-            for an all-gather, (n-1)/n for a reduce-scatter, 2 (n-1)/n for an all-reduce.
+        sent: bytes sent, by (mesh axes joined by "+", kind of collective), with ring algorithms (`wire_bytes`).
         flops: floating-point operations.
         held: bytes held in memory.
         idle: share of the time in which the device waits for others, 0 to 1.

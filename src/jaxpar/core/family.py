@@ -51,7 +51,9 @@ def _from_file(family: str, name: str, field: str) -> Callable[..., Any]:
     spec.loader.exec_module(module)
     if not hasattr(module, attribute):
         defined = [public for public in vars(module) if not public.startswith("_")]
-        raise Refused([Problem(field or family, name, f"{path} defines no `{attribute}`.", near_miss(attribute, defined))])
+        raise Refused(
+            [Problem(field or family, name, f"{path} defines no `{attribute}`.", near_miss(attribute, defined))]
+        )
     return getattr(module, attribute)
 
 

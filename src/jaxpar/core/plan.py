@@ -14,7 +14,8 @@ class Plan:
 
     Attributes:
         data: devices on the data axis.
-        tensor: scheme and its sizes: `single`, `one_d:T`, `sequence:T`, `fsdp:F`, `two_d:RxC`, `two_half_d:DxRxC` or `three_d:IxJxK`.
+        tensor: scheme and its sizes: `single`, `one_d:T`, `sequence:T`, `fsdp:F`, `two_d:RxC`, `two_half_d:DxRxC` or
+            `three_d:IxJxK`.
         pipe: devices on the pipeline axis.
         schedule: order of pipeline work.
         chunks: model chunks per pipeline device.
@@ -62,7 +63,9 @@ class Plan:
         for item in filter(None, (item.strip() for item in text.split(","))):
             key, equals, value = (part.strip() for part in item.partition("="))
             if not equals:
-                problems.append(Problem("plan", repr(item), "is not of the form field=value.", "data=2,tensor=two_d:2x2"))
+                problems.append(
+                    Problem("plan", repr(item), "is not of the form field=value.", "data=2,tensor=two_d:2x2")
+                )
             elif key not in fields:
                 problems.append(Problem(f"plan.{key}", value, "there is no such field.", near_miss(key, fields)))
             elif key in values:

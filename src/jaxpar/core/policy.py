@@ -8,8 +8,8 @@ class Policy(NamedTuple):
     """Stands before every gather and around every product, and nowhere else.
 
     Attributes:
-        cast: `cast(a, role)`, role `"weight"` or `"activation"`: applied before a gather, so that fewer bytes travel and
-            what is kept for the backward pass is small.
+        cast: `cast(a, role)`, role `"weight"` or `"activation"`: applied before a gather, so that fewer bytes travel
+            and what is kept for the backward pass is small.
         dot: `dot(product, x, w)`: calls `product(x, w, preferred_element_type)` and gives the result its dtype.
     """
 

@@ -35,8 +35,8 @@ class Context(NamedTuple):
 
     Attributes:
         dot: `dot(x, w, "embed mlp")`: x times w; with tuples of weights and dims, several products that share x.
-        conv: `conv(x, w, "embed channels", strides=1)`: the same for kernels `w[height, width, in, out]`, zero-padded to
-            keep size / strides.
+        conv: `conv(x, w, "embed channels", strides=1)`: the same for kernels `w[height, width, in, out]`, zero-padded
+            to keep size / strides.
         mean: `mean(x, "embed", over="embed")`: mean over whole dims, kept as dims of size 1.
         lookup: `lookup(table, ids)`: rows of `table["vocab embed"]`.
         cross_entropy: `cross_entropy(logits, labels)`: nats per row, 0 where the label is negative.

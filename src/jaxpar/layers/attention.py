@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jaxpar.core.parts import normal
 from jaxpar.core.types import Layer
-from jaxpar.layers.dense import normal
 
 PROJECTIONS = {"query": "embed heads", "key": "embed kv_heads", "value": "embed kv_heads", "out": "heads embed"}
 
@@ -64,7 +64,9 @@ def _serving(ctx, q_heads: int, kv_heads: int, group: int):
 
 def _attend(q_bqhd, k_bkhd, v_bkhd, drop):
     """Softmax in float32 over the positions up to each query's own."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q_bqhd, k_bkhd, preferred_element_type=jnp.float32) * q_bqhd.shape[-1] ** -0.5
+    scores = (
+        jnp.einsum("bqhd,bkhd->bhqk", q_bqhd, k_bkhd, preferred_element_type=jnp.float32) * q_bqhd.shape[-1] ** -0.5
+    )
     visible = jnp.tril(jnp.ones(scores.shape[-2:], bool))
     weights = drop(jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1))
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v_bkhd.dtype), v_bkhd)

@@ -2,8 +2,8 @@
 
 import math
 
+from jaxpar.core.parts import normal
 from jaxpar.core.types import Layer
-from jaxpar.layers.dense import normal
 
 
 def conv(into: int, out: int, dims: str, *, window: int = 3, strides: int = 1) -> Layer:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxpar.core.parts import normal
 from jaxpar.core.refuse import near_miss
 from jaxpar.core.types import Layer
 
@@ -24,11 +25,6 @@ def activation(name: str):
     if name not in ACTIVATIONS:
         raise ValueError(f"model.activation = {name}: {near_miss(name, ACTIVATIONS)}.")
     return ACTIVATIONS[name]
-
-
-def normal(key, shape, deviation: float):
-    """Normal draws in float32 with the given standard deviation."""
-    return deviation * jax.random.normal(key, shape, jnp.float32)
 
 
 def add_bias(y, params):

@@ -1,10 +1,10 @@
-"""Token and position tables, and the head that turns features into logits."""
+"""Token and position tables, the head, and what all language models share."""
 
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpar.core.parts import chain, join, normal, runner
 from jaxpar.core.types import Layer
-from jaxpar.layers.dense import normal
 
 MASKED = -1e30  # the logit of a class that does not exist: its probability is exactly 0 in float32
 
@@ -36,7 +36,9 @@ def positions(context: int, width: int, deviation: float = 0.02) -> Layer:
     def apply(params, extra, x, ctx):
         count = x.shape[1]
         if count > context:
-            raise ValueError(f"x has {count} positions, but model.context = {context}; shorten x or raise model.context.")
+            raise ValueError(
+                f"x has {count} positions, but model.context = {context}; shorten x or raise model.context."
+            )
         first = ctx.start("context", count, beside="embed")
         return x + lax.dynamic_slice_in_dim(params["table"], first, count, 0).astype(x.dtype), extra
 
@@ -60,3 +62,29 @@ def logits(ctx, x, weight, classes: int):
     y = ctx.dot(x, weight, "embed vocab").astype(jnp.float32)
     count = y.shape[-1]
     return jnp.where(ctx.start("vocab", count) + jnp.arange(count) < classes, y, MASKED)
+
+
+def language(vocab: int, width: int, body: dict[str, Layer], *, tied: bool) -> Layer:
+    """From `ids[batch, context]` to `logits[batch, context, vocab]`, in inner rows.
+
+    Args:
+        vocab: number of tokens.
+        width: features of the residual stream.
+        body: what stands between the token table and the head.
+        tied: whether the head is the token table transposed.
+
+    Source: Press and Wolf 2017 (tied head), arXiv:1608.05859.
+    """
+    parts = {"tokens": tokens(vocab, width), **body} | ({} if tied else {"head": head(width, vocab)})
+    if not tied:
+        return chain(parts)
+    init, dims = join(parts)
+
+    def apply(params, extra, ids, ctx):
+        run, new = runner(parts, params, extra, ctx)
+        x = ids
+        for name in parts:
+            x = run(name, x)
+        return logits(ctx, x, params["tokens"]["table"].T, vocab), new
+
+    return Layer(init, apply, dims, parts=tuple(parts.values()))

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jaxpar.core.parts import normal
 from jaxpar.core.types import Layer
-from jaxpar.layers.dense import normal
 
 GATES = ("reset", "update", "new")
 

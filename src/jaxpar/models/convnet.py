@@ -1,11 +1,11 @@
 """A small residual convolutional classifier with batch norm."""
 
 from jaxpar.core import family
+from jaxpar.core.parts import chain, function, residual
 from jaxpar.core.types import Layer
 from jaxpar.layers.conv import conv
 from jaxpar.layers.dense import activation as function_named
 from jaxpar.layers.embedding import head
-from jaxpar.layers.parts import chain, function, residual
 from jaxpar.layers.stack import stack
 
 

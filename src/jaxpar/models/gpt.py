@@ -1,12 +1,12 @@
 """GPT-2: a decoder-only transformer with learned positions and norms before each part."""
 
 from jaxpar.core import family
+from jaxpar.core.parts import chain, residual
 from jaxpar.core.types import Layer
 from jaxpar.layers.attention import attention
 from jaxpar.layers.dense import mlp
-from jaxpar.layers.embedding import positions
-from jaxpar.layers.language import language
-from jaxpar.layers.parts import chain, dropout as dropout_layer, residual
+from jaxpar.layers.dropout import dropout as dropout_layer
+from jaxpar.layers.embedding import language, positions
 from jaxpar.layers.stack import stack
 
 
@@ -45,36 +45,20 @@ def gpt(
         sqrt(2 layers) for the projections that end a branch.
     """
     make_norm = family.pick("norms", norm, "model.norm")
-    body = block(
-        make_norm,
-        width=width,
-        heads=heads,
-        kv_heads=kv_heads or heads,
-        hidden=hidden or 4 * width,
-        activation=activation,
-        bias=bias,
-        rate=dropout,
-        out_deviation=0.02 / (2 * layers) ** 0.5,
-    )
-    between = {
+    rate, ending = dropout, 0.02 / (2 * layers) ** 0.5
+    branches = {
+        "attention": attention(width, heads, kv_heads or heads, bias=bias, dropout=rate, out_deviation=ending),
+        "mlp": mlp(width, hidden or 4 * width, activation, bias=bias, out_deviation=ending),
+    }
+
+    def branch(name):
+        inside = {"norm": make_norm(width, bias=bias), name: branches[name], "dropout": dropout_layer(rate, name)}
+        return residual(inside)
+
+    body = {
         "positions": positions(context, width),
-        "dropout": dropout_layer(dropout, "embedding"),
-        "blocks": stack(body, layers),
+        "dropout": dropout_layer(rate, "embedding"),
+        "blocks": stack(chain({name: branch(name) for name in branches}), layers),
         "norm": make_norm(width, bias=bias),
     }
-    return language(vocab, width, between, tied=tied)
-
-
-def block(norm, *, width, heads, kv_heads, hidden, activation, bias, rate, out_deviation) -> Layer:
-    """x plus attention, then plus an MLP, each after a norm: one block, as a chain of two residual parts."""
-    attend = attention(
-        width, heads, kv_heads, bias=bias, dropout=rate, out_deviation=out_deviation
-    )
-    think = mlp(width, hidden, activation, bias=bias, out_deviation=out_deviation)
-    parts = {"attention": attend, "mlp": think}
-    return chain(
-        {
-            name: residual({"norm": norm(width, bias=bias), name: part, "dropout": dropout_layer(rate, name)})
-            for name, part in parts.items()
-        }
-    )
+    return language(vocab, width, body, tied=tied)

@@ -1,10 +1,11 @@
 """A language model of gated recurrent units."""
 
 from jaxpar.core import family
+from jaxpar.core.parts import residual
 from jaxpar.core.types import Layer
 from jaxpar.layers.dense import dense
-from jaxpar.layers.language import language
-from jaxpar.layers.parts import dropout as dropout_layer, residual
+from jaxpar.layers.dropout import dropout as dropout_layer
+from jaxpar.layers.embedding import language
 from jaxpar.layers.recurrent import gru as recurrence
 from jaxpar.layers.stack import stack
 

@@ -2,10 +2,11 @@
 
 import math
 
+from jaxpar.core.parts import chain, function, residual
 from jaxpar.core.types import Layer
 from jaxpar.layers import dense
+from jaxpar.layers.dropout import dropout as dropout_layer
 from jaxpar.layers.embedding import head
-from jaxpar.layers.parts import chain, dropout as dropout_layer, function, residual
 from jaxpar.layers.stack import stack
 
 

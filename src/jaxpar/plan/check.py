@@ -30,7 +30,9 @@ def of_plan(plan: Plan) -> Iterator[Problem]:
     for field, folder in (("precision", "policies"), ("reducer", "reducers")):
         name = getattr(plan, field)
         if ".py:" not in name and name not in family.names(folder):
-            yield Problem(f"plan.{field}", name, f"there is no such file in {folder}/.", near_miss(name, family.names(folder)))
+            yield Problem(
+                f"plan.{field}", name, f"there is no such file in {folder}/.", near_miss(name, family.names(folder))
+            )
 
 
 def of_rows(placement: Placement, plan: Plan, batch: int, context: int | None) -> Iterator[Problem]:
@@ -49,7 +51,11 @@ def of_rows(placement: Placement, plan: Plan, batch: int, context: int | None) -
                 f"each microbatch of {examples} examples must split into {parts} parts, since {name} activations "
                 f"split the batch over {shown(scheme, axes)}."
             )
-            other = f"; or a batch that leaves {' or '.join(shown(scheme, c) for c in choices)} on the context" if choices else ""
+            other = (
+                f"; or a batch that leaves {' or '.join(shown(scheme, c) for c in choices)} on the context"
+                if choices
+                else ""
+            )
             yield Problem("batch", batch, rule, multiples(batch, parts * plan.microbatches) + other)
             break
     parts = layout.size(scheme, placement.on_context)
@@ -81,7 +87,9 @@ def of_model(placement: Placement, dims, shapes, counts: Mapping[str, int]) -> I
     if heads and heads % parts:
         rule = f"must split into {parts} parts, over {shown(scheme, scheme.inner[1])}."
         divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        yield Problem("model.heads", heads, rule, f"{multiples(heads, parts)}; or a scheme that splits heads {divisors} ways")
+        yield Problem(
+            "model.heads", heads, rule, f"{multiples(heads, parts)}; or a scheme that splits heads {divisors} ways"
+        )
 
 
 def of_heads(width: int | None, heads: int | None, kv_heads: int | None) -> Iterator[Problem]:

@@ -125,8 +125,10 @@ def activation(placement: Placement, dims: str, rank: int) -> Layout:
     if len(words) != rank:
         raise ValueError(f"{dims!r} names {len(words)} dims of an array that has {rank}; name each, or the last alone.")
     if placement.on_context and "embed" in words and "batch" in words and "context" not in words:
-        raise ValueError(f"{dims!r}: the plan splits outer rows over {placement.on_context} on the context, "
-                         "which this array lacks; use a batch that all row axes divide.")
+        raise ValueError(
+            f"{dims!r}: the plan splits outer rows over {placement.on_context} on the context, "
+            "which this array lacks; use a batch that all row axes divide."
+        )
     beside = next((word for word in words if word in ("embed", *INNER)), "-")
     return tuple(rows(placement, w, beside) if w in ROWS else features(placement, w) for w in words)
 
@@ -157,6 +159,8 @@ def _matrix(placement: Placement, into: str, out: str) -> Layout:
 def replicas(placement: Placement) -> Axes:
     """Axes that split rows on both sides and hold copies of every weight: those that a reducer sums gradients over."""
     scheme = placement.scheme
-    tables = [pair for pair in (scheme.up, scheme.down, scheme.table, scheme.across, scheme.inside, scheme.enter) if pair]
+    tables = [
+        pair for pair in (scheme.up, scheme.down, scheme.table, scheme.across, scheme.inside, scheme.enter) if pair
+    ]
     held = axes_of(*tables, (scheme.outer[1], scheme.inner[1]))
     return tuple(axis for axis in scheme.outer[0] if axis in scheme.inner[0] and axis not in held)

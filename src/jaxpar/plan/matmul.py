@@ -66,7 +66,7 @@ def derive(x: Layout, w: Layout, y: Layout) -> Moves:
     now_y = [*now_x[:last], now_w[1]]
     keep, scatter = [], []
     for dim, wanted in enumerate(y):
-        for axis in wanted[len(now_y[dim]):]:
+        for axis in wanted[len(now_y[dim]) :]:
             held = partial_sums + [axis for axes in now_y for axis in axes]
             if axis in partial_sums:
                 scatter.append((dim, axis))
@@ -94,8 +94,10 @@ def _gather(now: list[list[str]], dim: int, name: str, drop) -> list[Step]:
     steps = []
     for axis in [axis for axis in reversed(now[dim]) if drop(axis)]:
         if now[dim][-1] != axis:
-            raise ValueError(f"{name} must gather {axis!r} on dim {dim}, which lies over {tuple(now[dim])}: only the minor "
-                             f"axis can be gathered, or parts would change places. Write {axis!r} last.")
+            raise ValueError(
+                f"{name} must gather {axis!r} on dim {dim}, which lies over {tuple(now[dim])}: only the minor "
+                f"axis can be gathered, or parts would change places. Write {axis!r} last."
+            )
         now[dim].pop()
         steps.append((dim, axis))
     return steps

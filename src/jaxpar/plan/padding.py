@@ -12,7 +12,11 @@ from jaxpar.plan.layout import Placement
 def parts(placement: Placement) -> int:
     """Into how many parts any array of the model splits its `vocab` dim: their least common multiple."""
     scheme = placement.scheme
-    layouts = [layout.weight(placement, "vocab embed")[:1], layout.weight(placement, "embed vocab")[1:], (scheme.inner[1],)]
+    layouts = [
+        layout.weight(placement, "vocab embed")[:1],
+        layout.weight(placement, "embed vocab")[1:],
+        (scheme.inner[1],),
+    ]
     return math.lcm(*(layout.size(scheme, axes) for (axes,) in layouts))
 
 
@@ -21,10 +25,15 @@ def pad(placement: Placement, dims, tree):
     multiple = parts(placement)
 
     def one(words, leaf):
-        widths = [(0, -size % multiple if word == "vocab" else 0) for word, size in zip(words.split(), leaf.shape, strict=True)]
+        widths = [(0, more) for more in fill(words, leaf.shape, multiple)]
         return jnp.pad(leaf, widths) if any(after for _, after in widths) else leaf
 
     return jax.tree.map(one, dims, tree)
+
+
+def fill(words: str, shape: tuple[int, ...], multiple: int) -> list[int]:
+    """How many entries each dim of a parameter gains."""
+    return [-size % multiple if word == "vocab" else 0 for word, size in zip(words.split(), shape, strict=True)]
 
 
 def unpad(tree, like):

@@ -3,6 +3,7 @@
 The Context is built on a Wire and nothing else, so the predicted bill is the same walk through the same layers.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -15,16 +16,16 @@ from jaxpar.core import compat
 from jaxpar.core.cost import Cost, wire_bytes
 from jaxpar.core.scheme import Axes
 
-TRANSPOSE = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather"}
-GATHERS = ("all_gather", "all_gather_invariant", "all_gather_reduced")  # primitives whose results are not kept
+# Primitives whose results are not kept: gathers, and the reshape that would keep one under another shape.
+GATHERED = ("all_gather", "all_gather_invariant", "all_gather_reduced", "reshape")
 
 
 class Wire(NamedTuple):
     """What a device can do with others; `a` is its local array, `site` names the place for the bill.
 
     Attributes:
-        gather: `gather(a, dim, axis, site, trained)`: the parts of `dim` on all devices of `axis`, joined; `trained`
-            says whether a gradient will flow back.
+        gather: `gather(a, dim, axis, site, trained, fixed)`: the parts of `dim` on all devices of `axis`, joined;
+            `trained` says whether a gradient will flow back, `fixed` whether `a` is the same in every microbatch.
         scatter: `scatter(a, dim, axis, site)`: own part of `dim` of the sum over `axis`.
         total: `total(a, axes, site)`: the sum over `axes`.
         mean: `mean(a, axes, site)`: the mean; its cotangent is summed likewise, since what meets it varies.
@@ -49,7 +50,7 @@ class Wire(NamedTuple):
 def device_wire() -> Wire:
     """The collectives of `jax.lax`, for use inside `jax.shard_map`."""
 
-    def gather(a, dim, axis, site, trained=True):
+    def gather(a, dim, axis, site, trained=True, fixed=False):
         return lax.all_gather(a, axis, axis=dim, tiled=True)
 
     def scatter(a, dim, axis, site):
@@ -69,13 +70,15 @@ def device_wire() -> Wire:
         return compat.vary(a, axes)
 
     def regather(body):
-        return jax.checkpoint(body, policy=lambda primitive, *_, **__: primitive.name not in GATHERS, prevent_cse=False)
+        return jax.checkpoint(
+            body, policy=lambda primitive, *_, **__: primitive.name not in GATHERED, prevent_cse=False
+        )
 
     return Wire(gather, scatter, total, mean, largest, vary, lax.axis_index, lax.scan, regather)
 
 
 class Line(NamedTuple):
-    """One line of the bill: `times` executions of a collective per step, each with `operand` bytes put in per device."""
+    """One line of the bill: a collective that runs `times` times per step, each device putting in `operand` bytes."""
 
     site: str
     phase: str
@@ -103,7 +106,8 @@ def cost_of(lines) -> Cost:
 class Ledger(NamedTuple):
     """A Wire that only writes down what it was asked for, and `lines`, what it has written.
 
-    `entry(site, phase, kind, a, axes)` writes one line by hand; within `repeated(n)` every line counts n times.
+    `entry(site, phase, kind, a, axes)` writes one line by hand; within `repeated(n)` every line counts n times. The
+    outermost `repeated` is the loop over microbatches, from which XLA moves gathers of what is `fixed`.
     """
 
     wire: Wire
@@ -122,47 +126,14 @@ def ledger(sizes: Mapping[str, int], train: bool = True) -> Ledger:
     lines: list[Line] = []
     times, regathered = [1], [False]
 
-    def entry(site, phase, kind, a, axes):
-        if not axes or (phase != "forward" and not (train and jnp.issubdtype(a.dtype, jnp.floating))):
+    def entry(site, phase, kind, a, axes, fixed=False):
+        back = phase != "forward" and not (train and jnp.issubdtype(a.dtype, jnp.floating))
+        if back or not axes or (phase == "regather" and not regathered[-1]):
             return
         axes = tuple(axis for axis in sizes if axis in axes)
-        group = 1
-        for axis in axes:
-            group *= sizes[axis]
-        lines.append(Line(site, phase, kind, axes, group, a.size * a.dtype.itemsize, times[-1]))
-
-    def gather(a, dim, axis, site, trained=True):
-        whole = jnp.concatenate([a] * sizes[axis], dim)
-        entry(site, "forward", "all_gather", a, (axis,))
-        if regathered[-1]:
-            entry(site, "regather", "all_gather", a, (axis,))
-        if trained:
-            entry(site, "backward", "reduce_scatter", whole, (axis,))
-        return whole
-
-    def scatter(a, dim, axis, site):
-        part = lax.slice_in_dim(a, 0, a.shape[dim] // sizes[axis], axis=dim)
-        entry(site, "forward", "reduce_scatter", a, (axis,))
-        entry(site, "backward", "all_gather", part, (axis,))
-        return part
-
-    def total(a, axes, site):
-        entry(site, "forward", "all_reduce", a, axes)
-        return a
-
-    def mean(a, axes, site):
-        entry(site, "forward", "all_reduce", a, axes)
-        entry(site, "backward", "all_reduce", a, axes)
-        return a
-
-    def largest(a, axes, site):
-        entry(site, "forward", "all_reduce", a, axes)
-        return a
-
-    def vary(a, axes, site, trained=True):
-        if trained:
-            entry(site, "backward", "all_reduce", a, axes)
-        return a
+        group = math.prod(sizes[axis] for axis in axes)
+        count = 1 if fixed and len(times) == 2 else times[-1]
+        lines.append(Line(site, phase, kind, axes, group, a.size * a.dtype.itemsize, count))
 
     @contextmanager
     def repeated(count: int) -> Iterator[None]:
@@ -185,6 +156,38 @@ def ledger(sizes: Mapping[str, int], train: bool = True) -> Ledger:
 
         return counted
 
-    index = lambda axis: jnp.int32(0)  # noqa: E731
-    wire = Wire(gather, scatter, total, mean, largest, vary, index, scan, regather)
-    return Ledger(wire, lines, entry, repeated)
+    moves = _counted_moves(sizes, entry)
+    return Ledger(Wire(*moves, index=lambda axis: jnp.int32(0), scan=scan, regather=regather), lines, entry, repeated)
+
+
+def _counted_moves(sizes: Mapping[str, int], entry: Callable):
+    """gather, scatter, total, mean, largest and vary of a ledger: what each sends forward, and its transpose back."""
+
+    def gather(a, dim, axis, site, trained=True, fixed=False):
+        whole = jnp.concatenate([a] * sizes[axis], dim)
+        entry(site, "forward", "all_gather", a, (axis,), fixed)
+        entry(site, "regather", "all_gather", a, (axis,))
+        if trained:
+            entry(site, "backward", "reduce_scatter", whole, (axis,))
+        return whole
+
+    def scatter(a, dim, axis, site):
+        part = lax.slice_in_dim(a, 0, a.shape[dim] // sizes[axis], axis=dim)
+        entry(site, "forward", "reduce_scatter", a, (axis,))
+        entry(site, "backward", "all_gather", part, (axis,))
+        return part
+
+    def total(a, axes, site):
+        entry(site, "forward", "all_reduce", a, axes)
+        return a
+
+    def mean(a, axes, site):
+        entry(site, "backward", "all_reduce", a, axes)
+        return total(a, axes, site)
+
+    def vary(a, axes, site, trained=True):
+        if trained:
+            entry(site, "backward", "all_reduce", a, axes)
+        return a
+
+    return gather, scatter, total, mean, total, vary

@@ -68,7 +68,8 @@ def count(text: str, axes: dict[str, int]) -> Traffic:
 
     Args:
         text: what `compiled.as_text()` returns.
-        axes: size of each mesh axis by name, major first, in the order in which the program numbers its devices.
+        axes: size of each mesh axis by name, major first, in the order in which the program numbers its devices. For
+            several slices of TPUs the text is that of one slice: pass the axes within it; `unknown` names the rest.
 
     Returns:
         The traffic. Look at `Traffic.unknown` before trusting a sum.

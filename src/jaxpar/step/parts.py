@@ -86,7 +86,8 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
         sizes["context"] = labels.shape[1]
     placement = layout.place(scheme, recipe.plan.data, sizes)
     found.problems.extend(check.of_rows(placement, recipe.plan, recipe.batch, sizes.get("context")))
-    model = found.attempt(builder, **family.accepted(builder, fields)) if inputs or "example" not in family.parameters(builder) else None
+    buildable = inputs or "example" not in family.parameters(builder)
+    model = found.attempt(builder, **family.accepted(builder, fields)) if buildable else None
     if model:
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         found.problems.extend(check.of_model(placement, model.dims, shapes, sizes))
@@ -103,7 +104,7 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
     return Parts(model, optimizer(recipe, model), reducer, settings, plan.microbatches, recipe.seed, inputs, labels)
 
 
-def model_fields(recipe: Recipe, classes: int) -> dict:
+def model_fields(recipe: Recipe, classes: int | None) -> dict:
     """What the recipe says of the model, with the vocabulary that the data has unless it says otherwise."""
     fields = {field.name: getattr(recipe.model, field.name) for field in dataclasses.fields(recipe.model)}
     fields.pop("name")
@@ -161,5 +162,5 @@ def _unknown_fields(recipe: Recipe, builder):
 
 def _dataset(recipe: Recipe, data_dir: str | None) -> Dataset:
     builder = family.pick("datasets", recipe.data.name, "data.name")
-    fields = model_fields(recipe, 0) | {"batch": recipe.batch, "seed": recipe.seed, "data_dir": data_dir}
-    return builder(**family.accepted(builder, {name: value for name, value in fields.items() if value != 0 or name == "seed"}))
+    fields = model_fields(recipe, None) | {"batch": recipe.batch, "seed": recipe.seed, "data_dir": data_dir}
+    return builder(**family.accepted(builder, fields))

@@ -51,8 +51,8 @@ def program(parts: Parts) -> Program:
     batch_specs = _batch_specs(placement, parts)
 
     def born(seed):
-        params, extra = model.init(jax.random.key(seed))
-        return _state(parts, *(padding.pad(placement, dims, tree) for dims, tree in zip(model.dims, (params, extra), strict=True)))
+        made = zip(model.dims, model.init(jax.random.key(seed)), strict=True)
+        return _state(parts, *(padding.pad(placement, dims, tree) for dims, tree in made))
 
     specs = _state_specs(parts, jax.eval_shape(born, 0), param_specs, extra_specs)
     shardings = meshes.shardings(mesh, specs)

@@ -1,10 +1,10 @@
-"""A layer made of named parts."""
+"""How layers are made of others: named parts, chains, residual branches."""
 
 import zlib
 from collections.abc import Callable
-from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from jaxpar.core.types import Context, Layer, Tree
 
@@ -66,13 +66,6 @@ def function(apply: Callable) -> Layer:
     return Layer(lambda key: ({}, {}), with_state, ({}, {}))
 
 
-def dropout(rate: float, site: str, dims: str = "embed") -> Layer:
-    """Zero entries with probability `rate` in training and scale up the rest.
-
-    Source: Srivastava et al. 2014, section 10, in the inverted form.
-    """
-    return function(partial(_dropout, rate=rate, site=site, dims=dims))
-
-
-def _dropout(x, ctx, rate, site, dims):
-    return ctx.dropout(x, rate, site, dims)
+def normal(key, shape, deviation: float):
+    """Normal draws in float32 with the given standard deviation."""
+    return deviation * jax.random.normal(key, shape, jnp.float32)

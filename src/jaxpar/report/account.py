@@ -1,0 +1,85 @@
+"""The predicted bill: the same layers walked with a Wire that only writes down what it is asked for."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxpar.core.cost import Cost
+from jaxpar.plan import layout, padding
+from jaxpar.plan.layout import Placement
+from jaxpar.plan.wire import Line, cost_of, ledger
+from jaxpar.step.objective import labelled, nats
+from jaxpar.step.parts import Parts
+
+
+def gradient_lines(parts: Parts) -> list[Line]:
+    """What one device sends for the loss and gradients of one step, line by line, from shapes alone.
+
+    Needs no devices of the plan, nothing is compiled and no array is made.
+
+    Source: bytes of ring algorithms, `jaxpar.core.cost.wire_bytes`; which collectives, `jaxpar.plan.matmul.derive`.
+    """
+    placement, model = parts.settings.placement, parts.model
+    book = ledger(placement.scheme.axes)
+    settings = parts.settings._replace(wire=book.wire, key=jax.random.key(0))
+    whole = jax.eval_shape(model.init, jax.random.key(0))
+    params, extra = (_local(placement, dims, tree) for dims, tree in zip(model.dims, whole, strict=True))
+    batch = tuple(_microbatch(placement, parts, a) for a in (parts.inputs, parts.labels))
+    rows, replicas = placement.scheme.inner[0], layout.replicas(placement)
+
+    with book.repeated(parts.microbatches):
+        jax.eval_shape(lambda *args: nats(model, settings, *args), params, extra, batch)
+        for words, leaf in zip(jax.tree.leaves(model.dims[0]), jax.tree.leaves(params), strict=True):
+            for part, axes in _meets(placement, words, leaf):
+                book.entry(f"gradient of {words}", "backward", "all_reduce", part, axes)
+    jax.eval_shape(lambda labels: labelled(settings, labels), batch[1])
+    jax.eval_shape(
+        lambda tree: parts.reducer.reduce(tree, parts.reducer.init(tree), _total(book.wire, replicas)), params
+    )
+    book.entry("loss", "forward", "all_reduce", jax.ShapeDtypeStruct((), jnp.float32), rows)
+    return book.lines
+
+
+def predicted(parts: Parts) -> Cost:
+    """The sum of `gradient_lines`."""
+    return cost_of(gradient_lines(parts))
+
+
+def _total(wire, axes):
+    return lambda leaf: wire.total(leaf, axes, "gradients over data")
+
+
+def _local(placement: Placement, dims, tree):
+    """Shapes of one device's parts of a tree of parameters, the vocabulary padded."""
+    multiple = padding.parts(placement)
+
+    def one(words, leaf):
+        sizes = map(sum, zip(leaf.shape, padding.fill(words, leaf.shape, multiple), strict=True))
+        parts = [layout.size(placement.scheme, axes) for axes in layout.weight(placement, words)]
+        return jax.ShapeDtypeStruct(tuple(size // n for size, n in zip(sizes, parts, strict=True)), leaf.dtype)
+
+    return jax.tree.map(one, dims, tree)
+
+
+def _microbatch(placement: Placement, parts: Parts, a) -> jax.ShapeDtypeStruct:
+    share = parts.microbatches * layout.size(placement.scheme, layout.rows(placement, "batch", "-"))
+    return jax.ShapeDtypeStruct((a.shape[0] // share, *a.shape[1:]), a.dtype)
+
+
+def _meets(placement: Placement, words: str, leaf) -> list[tuple[jax.ShapeDtypeStruct, tuple[str, ...]]]:
+    """Over which axes the gradient of a bias, a gain or a table of positions is summed.
+
+    They are those over which the activation that it meets varies and it does not. A table of positions is summed as the
+    part that a device uses, then whole over the axes on the context. Matrices are marked, and written down, where they
+    are multiplied.
+    """
+    named = words.split()
+    if len(named) > 1 and named[-2] not in ("layers", *layout.ROWS):
+        return []
+    met = layout.axes_of(getattr(placement.scheme, layout.side(named[-1])))
+    own = (*layout.axes_of(layout.weight(placement, words)), *layout.replicas(placement))
+    axes = tuple(axis for axis in met if axis not in own)
+    if "context" not in named or not placement.on_context:
+        return [(leaf, axes)]
+    used = leaf.shape[0] // layout.size(placement.scheme, placement.on_context)
+    part = jax.ShapeDtypeStruct((used, *leaf.shape[1:]), leaf.dtype)
+    return [(part, tuple(axis for axis in axes if axis not in placement.on_context)), (leaf, placement.on_context)]
