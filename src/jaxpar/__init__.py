@@ -1,0 +1,45 @@
+"""jaxpar: write a model once as pure functions, choose by name how it is laid out, get an exact bill of what it costs.
+
+Each name is imported when it is first used, so `from jaxpar import Recipe, Plan` does not import jax.
+"""
+
+import importlib
+
+_PUBLIC = {
+    "Recipe": "core.recipe",
+    "Model": "core.recipe",
+    "Data": "core.recipe",
+    "Plan": "core.plan",
+    "Refused": "core.refuse",
+    "family": "core.family",
+    "Layer": "core.types",
+    "Context": "core.types",
+    "State": "core.types",
+    "Dataset": "core.types",
+    "Scheme": "core.scheme",
+    "Policy": "core.policy",
+    "Cost": "core.cost",
+    "simulate": "plan.mesh",
+    "Parts": "step.parts",
+    "prepare": "step.parts",
+    "Program": "step.program",
+    "program": "step.program",
+    "Run": "train.run",
+    "fit": "train.fit",
+    "Interrupted": "train.interrupt",
+    "NonFinite": "train.metrics",
+    "quiet": "train.progress",
+    "runner": "cli",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"jaxpar has no {name!r}; it has {', '.join(__all__)}")
+    home = importlib.import_module(f"jaxpar.{_PUBLIC[name]}")
+    return home if name == "family" else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -69,12 +69,13 @@ class Plan:
             elif key not in fields:
                 problems.append(Problem(f"plan.{key}", value, "there is no such field.", near_miss(key, fields)))
             elif key in values:
-                problems.append(Problem(f"plan.{key}", value, "is given twice."))
+                problems.append(Problem(f"plan.{key}", value, "is given twice.", f"{key}={value}, once"))
             else:
                 try:
                     values[key] = _read(type(fields[key].default), value)
                 except ValueError as error:
-                    problems.append(Problem(f"plan.{key}", value or "(nothing)", str(error)))
+                    legal = f"{key}={_written(fields[key].default)}"
+                    problems.append(Problem(f"plan.{key}", value or "(nothing)", str(error), legal))
                     values[key] = None
         if problems:
             raise Refused(problems)
@@ -97,7 +98,7 @@ def _read(kind: type, text: str):
             raise ValueError("must be true or false.")
         return text.lower() == "true"
     if kind is int:
-        if not text.lstrip("-").isdecimal():
+        if not text.removeprefix("-").isdecimal():
             raise ValueError("must be a whole number.")
         return int(text)
     if not text:

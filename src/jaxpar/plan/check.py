@@ -1,6 +1,7 @@
 """What a plan asks of the sizes of a model; every violation at once, before any array exists."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -8,10 +9,11 @@ import jax
 from jaxpar.core import family
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Problem, near_miss
+from jaxpar.core.scheme import Scheme
 from jaxpar.plan import layout
 from jaxpar.plan.layout import Placement
 
-FIELD = {"embed": "model.width", "mlp": "model.hidden", "channels": "model.hidden", "context": "model.context"}
+FIELD = {"embed": "model.width", "heads": "model.width", "mlp": "model.hidden", "channels": "model.hidden"}
 LANDED = ("data", "tensor", "microbatches", "regather", "unroll", "precision", "reducer")  # others keep their default
 CHOICES = {"unroll": ("auto", "true", "false"), "partition": ("manual", "auto")}
 
@@ -21,12 +23,13 @@ def of_plan(plan: Plan) -> Iterator[Problem]:
     for field in dataclasses.fields(plan):
         value, name = getattr(plan, field.name), f"plan.{field.name}"
         least = 0 if field.name.startswith("zero") else 1
-        if field.name in CHOICES and value not in CHOICES[field.name]:
+        if field.name not in LANDED and value != field.default:
+            legal = str(field.default).lower()
+            yield Problem(name, value, "this part of jaxpar has not landed yet.", f"{field.name}={legal}")
+        elif field.name in CHOICES and value not in CHOICES[field.name]:
             yield Problem(name, value, "is not a choice.", near_miss(value, CHOICES[field.name]))
         elif isinstance(value, int) and not isinstance(value, bool) and value < least:
             yield Problem(name, value, f"must be at least {least}.", str(least))
-        elif field.name not in LANDED and value != field.default:
-            yield Problem(name, value, "this part of jaxpar has not landed yet.", f"{field.name}={field.default}")
     for field, folder in (("precision", "policies"), ("reducer", "reducers")):
         name = getattr(plan, field)
         if ".py:" not in name and name not in family.names(folder):
@@ -37,31 +40,37 @@ def of_plan(plan: Plan) -> Iterator[Problem]:
 
 def of_rows(placement: Placement, plan: Plan, batch: int, context: int | None) -> Iterator[Problem]:
     """Whether the examples of a microbatch, and the context where rows lie on it, divide."""
-    if batch % plan.microbatches:
-        rule = f"must be a multiple of plan.microbatches = {plan.microbatches}."
-        yield Problem("batch", batch, rule, multiples(batch, plan.microbatches))
-        return
     scheme, examples = placement.scheme, batch // plan.microbatches
+    legal = multiples(batch, plan.microbatches * _batch_parts(scheme, context))
+    if batch % plan.microbatches:
+        yield Problem("batch", batch, f"must be a multiple of plan.microbatches = {plan.microbatches}.", legal)
+        return
     outer = [axis for axis in scheme.outer[0] if axis not in placement.on_context]
+    free = layout.context_choices(scheme)[-1]
     for name, axes in (("inner", scheme.inner[0]), ("outer", outer)):
         parts = layout.size(scheme, axes)
         if examples % parts:
-            choices = [axes for axes in layout.context_choices(scheme) if axes and context]
             rule = (
                 f"each microbatch of {examples} examples must split into {parts} parts, since {name} activations "
                 f"split the batch over {shown(scheme, axes)}."
             )
-            other = (
-                f"; or a batch that leaves {' or '.join(shown(scheme, c) for c in choices)} on the context"
-                if choices
-                else ""
-            )
-            yield Problem("batch", batch, rule, multiples(batch, parts * plan.microbatches) + other)
+            if name == "outer" and context and free:
+                legal += f"; or model.context = {multiples(context, layout.size(scheme, free))}, to carry "
+                legal += shown(scheme, free)
+            yield Problem("batch", batch, rule, legal)
             break
     parts = layout.size(scheme, placement.on_context)
     if context and context % parts:
         rule = f"must split into {parts} parts, since {shown(scheme, placement.on_context)} lies on the context."
         yield Problem("model.context", context, rule, multiples(context, parts))
+
+
+def _batch_parts(scheme: Scheme, context: int | None) -> int:
+    """Into how many parts the examples of a microbatch must split, if the context carries all the axes that it can."""
+    carried = [axes for axes in layout.context_choices(scheme) if not (context or 1) % layout.size(scheme, axes)]
+    needed = [[axis for axis in scheme.outer[0] if axis not in axes] for axes in carried]
+    inner = layout.size(scheme, scheme.inner[0])
+    return min(math.lcm(inner, layout.size(scheme, outer)) for outer in needed)
 
 
 def of_model(placement: Placement, dims, shapes, counts: Mapping[str, int]) -> Iterator[Problem]:
@@ -73,17 +82,18 @@ def of_model(placement: Placement, dims, shapes, counts: Mapping[str, int]) -> I
         shapes: tree like it, whose leaves have a shape (`jax.eval_shape` of the model's init).
         counts: entries of dims that are not those of a parameter, such as heads.
     """
-    scheme, found = placement.scheme, {}
+    scheme, heads, found = placement.scheme, counts.get("heads"), {}
     for words, leaf in zip(jax.tree.leaves(dims), jax.tree.leaves(shapes), strict=True):
         for word, axes, count in zip(words.split(), layout.weight(placement, words), leaf.shape, strict=True):
             if word in FIELD and count % layout.size(scheme, axes):
                 found.setdefault((FIELD[word], count), set()).add(axes)
     for (field, count), layouts in found.items():
-        axes = max(layouts, key=lambda axes: layout.size(scheme, axes))
-        parts = layout.size(scheme, axes)
-        rule = f"must split into {parts} parts, over {shown(scheme, axes)}."
-        yield Problem(field, count, rule, multiples(count, parts))
-    heads, parts = counts.get("heads"), layout.size(scheme, scheme.inner[1])
+        parts = math.lcm(*(layout.size(scheme, axes) for axes in layouts))
+        over = " and ".join(sorted(shown(scheme, axes) for axes in layouts))
+        whole_heads = heads if heads and field == "model.width" else 1
+        legal = multiples(count, math.lcm(parts, whole_heads))
+        yield Problem(field, count, f"must split into {parts} parts, over {over}.", legal)
+    parts = layout.size(scheme, scheme.inner[1])
     if heads and heads % parts:
         rule = f"must split into {parts} parts, over {shown(scheme, scheme.inner[1])}."
         divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)

@@ -1,5 +1,6 @@
 """The devices of a plan, and where global arrays lie on them."""
 
+import math
 import os
 from collections.abc import Mapping
 
@@ -7,9 +8,16 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpar.core import compat
-from jaxpar.core.refuse import Problem, Refused
+from jaxpar.core.plan import Plan, scheme_of
+from jaxpar.core.refuse import Collector, Problem, Refused
 from jaxpar.plan import layout
 from jaxpar.plan.layout import Placement
+
+
+def needed(plan: Plan) -> int:
+    """How many devices a plan takes; 0 for one that will be refused."""
+    scheme = Collector([]).attempt(scheme_of, plan.tensor)
+    return max(0, plan.data * plan.pipe * math.prod(scheme.axes.values())) if scheme else 0
 
 
 def simulate(count: int) -> None:

@@ -39,9 +39,23 @@ def gradient_lines(parts: Parts) -> list[Line]:
     return book.lines
 
 
+def step_lines(parts: Parts) -> list[Line]:
+    """`gradient_lines`, and the norms that the optimizer's half of the step takes of all gradients.
+
+    XLA partitions that half: it sums each leaf's squares once per dim that is split, over the axes of that dim.
+    """
+    scheme, lines = parts.settings.placement.scheme, gradient_lines(parts)
+    for words in jax.tree.leaves(parts.model.dims[0]):
+        for axes in filter(None, layout.weight(parts.settings.placement, words)):
+            ordered = tuple(axis for axis in scheme.axes if axis in axes)
+            group = layout.size(scheme, axes)
+            lines.append(Line(f"norm of {words}", "forward", "all_reduce", ordered, group, 4, parts.norms))
+    return lines
+
+
 def predicted(parts: Parts) -> Cost:
-    """The sum of `gradient_lines`."""
-    return cost_of(gradient_lines(parts))
+    """Bytes of a whole step: the sum of `step_lines`."""
+    return cost_of(step_lines(parts))
 
 
 def _total(wire, axes):

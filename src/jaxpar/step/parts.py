@@ -6,16 +6,18 @@ from typing import NamedTuple
 import jax
 import optax
 
-from jaxpar.core import family
+from jaxpar.core import family, order
 from jaxpar.core.plan import scheme_of
 from jaxpar.core.recipe import Recipe
-from jaxpar.core.refuse import Collector, Problem, refuse
+from jaxpar.core.refuse import Collector, Problem, near_miss, refuse
 from jaxpar.core.types import Dataset, Layer, Reducer
 from jaxpar.plan import check, layout
 from jaxpar.plan.context import Settings
+from jaxpar.plan.layout import Placement
 from jaxpar.plan.wire import device_wire
 
 CONTEXT = 128  # tokens per sequence where neither the recipe nor the model says
+MODEL_SIZES = ("layers", "width", "hidden", "heads", "kv_heads", "context", "vocab")
 
 
 class Parts(NamedTuple):
@@ -26,6 +28,7 @@ class Parts(NamedTuple):
         optimizer: clipping and the optimizer, chained, on global arrays.
         reducer: how gradients are summed over data.
         settings: what the Context is made of.
+        norms: how often a step takes the norm of all gradients: to report it, and to clip.
         microbatches: parts of a batch.
         seed: of the run.
         inputs: shape and dtype of the inputs of one batch.
@@ -36,6 +39,7 @@ class Parts(NamedTuple):
     optimizer: optax.GradientTransformation
     reducer: Reducer
     settings: Settings
+    norms: int
     microbatches: int
     seed: int
     inputs: jax.ShapeDtypeStruct
@@ -70,28 +74,7 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
     Raises:
         Refused: naming every problem.
     """
-    found = Collector(list(of_numbers(recipe)))
-    found.problems.extend(check.of_plan(recipe.plan))
-    scheme = found.attempt(scheme_of, recipe.plan.tensor)
-    builder = found.attempt(family.pick, "models", recipe.model.name, "model.name")
-    fields = model_fields(recipe, classes) | ({"example": inputs.shape[1:]} if inputs else {})
-    if builder:
-        found.problems.extend(_unknown_fields(recipe, builder))
-        fields = family.defaults(builder) | family.accepted(builder, fields)
-        found.problems.extend(check.of_heads(*(fields.get(name) for name in ("width", "heads", "kv_heads"))))
-    refuse(found.problems)
-    sizes = {"batch": recipe.batch // recipe.plan.microbatches}
-    sizes |= {name: fields[name] for name in ("kv_heads", "context", "heads") if fields.get(name)}
-    if labels and len(labels.shape) > 1:
-        sizes["context"] = labels.shape[1]
-    placement = layout.place(scheme, recipe.plan.data, sizes)
-    found.problems.extend(check.of_rows(placement, recipe.plan, recipe.batch, sizes.get("context")))
-    buildable = inputs or "example" not in family.parameters(builder)
-    model = found.attempt(builder, **family.accepted(builder, fields)) if buildable else None
-    if model:
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
-        found.problems.extend(check.of_model(placement, model.dims, shapes, sizes))
-    refuse(found.problems)
+    model, placement = _checked(recipe, inputs, labels, classes)
     plan = recipe.plan
     settings = Settings(
         placement=placement,
@@ -101,7 +84,48 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
         regather=plan.regather,
     )
     reducer = family.pick("reducers", plan.reducer)()
-    return Parts(model, optimizer(recipe, model), reducer, settings, plan.microbatches, recipe.seed, inputs, labels)
+    return Parts(model, optimizer(recipe, model), reducer, settings, 1 + bool(recipe.clip), plan.microbatches, recipe.seed, inputs, labels)
+
+
+def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Placement]:
+    """The model and where it lies, once no problem is left that could be found; arguments as for `assemble`."""
+    found = Collector([*of_numbers(recipe), *check.of_plan(recipe.plan)])
+    scheme = found.attempt(scheme_of, recipe.plan.tensor)
+    builder = found.attempt(family.pick, "models", recipe.model.name, "model.name")
+    found.attempt(family.pick, "optimizers", recipe.optimizer, "optimizer")
+    fields, model = {}, None
+    if builder:
+        given = model_fields(recipe, classes) | ({"example": inputs.shape[1:]} if inputs else {})
+        fields = family.defaults(builder) | family.accepted(builder, given)
+        found.problems.extend([*_unknown_fields(recipe, builder), *_too_few_classes(recipe, builder, classes)])
+    if min(_sizes(recipe)) < 1:  # the rest divides by them
+        refuse(found.problems)
+    if builder:
+        found.problems.extend(check.of_heads(*(fields.get(name) for name in ("width", "heads", "kv_heads"))))
+        if inputs or "example" not in family.parameters(builder):
+            model = found.attempt(builder, **fields)
+    if scheme:
+        sizes = _dims(recipe, fields, labels)
+        placement = layout.place(scheme, recipe.plan.data, sizes)
+        found.problems.extend(check.of_rows(placement, recipe.plan, recipe.batch, sizes.get("context")))
+    if scheme and model:
+        shapes = jax.eval_shape(lambda seed: model.init(jax.random.key(seed)), 0)
+        found.problems.extend(check.of_model(placement, model.dims, shapes, sizes))
+    refuse(found.problems)
+    return model, placement
+
+
+def _sizes(recipe: Recipe) -> list[int]:
+    """All sizes that the recipe gives."""
+    given = [getattr(recipe.model, field) for field in MODEL_SIZES]
+    return [recipe.batch, recipe.plan.data, recipe.plan.microbatches, *(size for size in given if size is not None)]
+
+
+def _dims(recipe: Recipe, fields: dict, labels) -> dict[str, int]:
+    """Entries of the dims that the plan may split and that are none of a parameter."""
+    sizes = {"batch": recipe.batch // recipe.plan.microbatches}
+    sizes |= {name: fields[name] for name in ("kv_heads", "context", "heads") if fields.get(name)}
+    return sizes | ({"context": labels.shape[1]} if labels and len(labels.shape) > 1 else {})
 
 
 def model_fields(recipe: Recipe, classes: int | None) -> dict:
@@ -111,24 +135,29 @@ def model_fields(recipe: Recipe, classes: int | None) -> dict:
     return fields | {"vocab": fields["vocab"] or classes, "context": fields["context"] or CONTEXT}
 
 
-def optimizer(recipe: Recipe, model: Layer) -> optax.GradientTransformation:
-    """Clipping, then the optimizer under warm-up and a cosine down to a tenth; only matrices decay."""
-    schedule = optax.warmup_cosine_decay_schedule(
+def learning_rate(recipe: Recipe) -> optax.Schedule:
+    """From the number of updates done to the rate: warm-up, then a cosine down to a tenth."""
+    return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if recipe.warmup else recipe.learning_rate,
         peak_value=recipe.learning_rate,
         warmup_steps=recipe.warmup,
         decay_steps=max(recipe.steps, recipe.warmup + 1),
         end_value=recipe.learning_rate / 10,
     )
+
+
+def optimizer(recipe: Recipe, model: Layer) -> optax.GradientTransformation:
+    """Clipping, then the optimizer; only matrices decay."""
     decayed = jax.tree.map(lambda words: len(words.replace("layers ", "").split()) > 1, model.dims[0])
     make = family.pick("optimizers", recipe.optimizer, "optimizer")
-    update = make(schedule, recipe.weight_decay, decayed)
+    update = make(learning_rate(recipe), recipe.weight_decay, decayed)
     return optax.chain(optax.clip_by_global_norm(recipe.clip), update) if recipe.clip else update
 
 
 def of_numbers(recipe: Recipe):
-    """Numbers out of range and unknown optimizers."""
-    least = {"batch": 1, "steps": 1, "warmup": 0, "weight_decay": 0, "clip": 0, "seed": 0, "evaluate_every": 0}
+    """Numbers out of range."""
+    yield from order.wrong(recipe.seed, batch=recipe.batch)
+    least = {"steps": 1, "warmup": 0, "weight_decay": 0, "clip": 0, "evaluate_every": 0}
     for field, bound in (least | {"evaluate_batches": 1, "checkpoint_every": 0}).items():
         value = getattr(recipe, field)
         if not value >= bound or value == float("inf"):
@@ -140,7 +169,7 @@ def of_numbers(recipe: Recipe):
         yield Problem("warmup", recipe.warmup, rule, f"0 to {recipe.steps}")
     if recipe.seed >= 2**32:
         yield Problem("seed", recipe.seed, "must fit in 32 bits.", f"0 to {2**32 - 1}")
-    for field in ("layers", "width", "hidden", "heads", "kv_heads", "context", "vocab"):
+    for field in MODEL_SIZES:
         value = getattr(recipe.model, field)
         if value is not None and value < 1:
             yield Problem(f"model.{field}", value, "must be at least 1.", "1")
@@ -150,14 +179,22 @@ def of_numbers(recipe: Recipe):
 
 def _unknown_fields(recipe: Recipe, builder):
     """Fields that are set although neither the model nor the data has them."""
-    known = [*family.parameters(builder)]
-    if ".py:" in recipe.data.name or recipe.data.name in family.names("datasets"):
-        known += family.parameters(family.pick("datasets", recipe.data.name))
+    data = Collector([]).attempt(family.pick, "datasets", recipe.data.name)
+    if data is None:  # it may have any field; `_dataset` says what is wrong
+        return
+    own, known = (sorted(family.parameters(member)) for member in (builder, data))
     for field in dataclasses.fields(recipe.model):
         value = getattr(recipe.model, field.name)
-        if field.name != "name" and value is not None and field.name not in known:
-            legal = ", ".join(sorted(family.parameters(builder)))
-            yield Problem(f"model.{field.name}", value, f"the model {recipe.model.name} has no such field.", legal)
+        if field.name != "name" and value is not None and field.name not in (*own, *known):
+            rule = f"the model {recipe.model.name} has no such field."
+            yield Problem(f"model.{field.name}", value, rule, near_miss(field.name, own))
+
+
+def _too_few_classes(recipe: Recipe, builder, classes: int):
+    """A vocabulary without some of the labels: their loss would be silently wrong."""
+    vocab = recipe.model.vocab
+    if vocab is not None and 1 <= vocab < classes and "vocab" in family.parameters(builder):
+        yield Problem("model.vocab", vocab, f"must hold the {classes} classes of the data.", f"{classes} or more")
 
 
 def _dataset(recipe: Recipe, data_dir: str | None) -> Dataset:

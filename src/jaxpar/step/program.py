@@ -37,6 +37,7 @@ class Program(NamedTuple):
     shapes: State
     unpadded: State
     init: Callable
+    batch: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
     place: Callable
     step: Callable
     evaluate: Callable
@@ -88,6 +89,7 @@ def program(parts: Parts) -> Program:
         shapes=shapes,
         unpadded=unpadded,
         init=lambda: jax.jit(born, out_shardings=shardings)(parts.seed),
+        batch=_batch_shapes(parts, meshes.shardings(mesh, batch_specs)),
         place=partial(_place, parts.microbatches, meshes.shardings(mesh, batch_specs)),
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)),
         evaluate=jax.jit(measured),
@@ -115,6 +117,16 @@ def _state_specs(parts: Parts, shapes: State, param_specs, extra_specs) -> State
 def _batch_specs(placement, parts: Parts):
     """Batches enter as inner rows, behind a dim of microbatches."""
     return tuple(PartitionSpec(None, rows(placement, "batch", "-") or None) for _ in (parts.inputs, parts.labels))
+
+
+def _batch_shapes(parts: Parts, shardings):
+    """What `_place` makes of a batch of the right shape; jax turns 64-bit numbers into 32-bit ones."""
+
+    def one(a, sharding):
+        shape = (parts.microbatches, a.shape[0] // parts.microbatches, *a.shape[1:])
+        return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(a.dtype), sharding=sharding)
+
+    return tuple(map(one, (parts.inputs, parts.labels), shardings))
 
 
 def _place(microbatches: int, shardings, batch):

@@ -1,0 +1,66 @@
+"""Predicted beside compiled: what each device sends in a step, and where the two differ."""
+
+from typing import NamedTuple
+
+from jaxpar.core.cost import Cost
+from jaxpar.report import account, hlo
+from jaxpar.step.parts import Parts
+
+
+class Bill(NamedTuple):
+    """Bytes that one device sends in one step.
+
+    Attributes:
+        predicted: from layouts and shapes, before anything was compiled.
+        compiled: counted in the text of the compiled step.
+        unknown: what the text says that could not be counted; if there is any, `compiled` may be too low.
+    """
+
+    predicted: Cost
+    compiled: Cost
+    unknown: tuple[str, ...]
+
+
+def bill(parts: Parts, text: str) -> Bill:
+    """The bill of the step whose compiled program is `text` (`compiled.as_text()`)."""
+    counted = hlo.count(text, parts.settings.placement.scheme.axes or {"data": 1})
+    return Bill(account.predicted(parts), Cost(counted.sent), counted.unknown)
+
+
+def as_json(bill: Bill) -> dict:
+    """`{"predicted": {axis: {collective: bytes}}, "compiled": ..., "warnings": [...]}`."""
+    return {
+        "predicted": _by_axis(bill.predicted),
+        "compiled": _by_axis(bill.compiled),
+        "warnings": [*bill.unknown, *differences(bill)],
+    }
+
+
+def differences(bill: Bill) -> list[str]:
+    """One sentence for each axis and collective whose bytes are not those predicted."""
+    return [
+        f"{kind} over {axes}: predicted {predicted:,.0f} bytes, compiled {compiled:,.0f}"
+        for axes, kind, predicted, compiled in rows(bill)
+        if abs(predicted - compiled) > 0.5
+    ]
+
+
+def rows(bill: Bill) -> list[tuple[str, str, float, float]]:
+    """(axes, collective, predicted, compiled) in bytes, sorted."""
+    keys = sorted({**bill.predicted.sent, **bill.compiled.sent})
+    return [(*key, bill.predicted.sent.get(key, 0.0), bill.compiled.sent.get(key, 0.0)) for key in keys]
+
+
+def table(bill: Bill) -> str:
+    """Aligned text, a row per axis and collective and one for the sum."""
+    total = ("all", "", bill.predicted.total_sent, bill.compiled.total_sent)
+    lines = [f"{'mesh axes':<14}{'collective':<16}{'predicted':>14}{'compiled':>14}  bytes per device and step"]
+    lines += [f"{axes:<14}{kind:<16}{first:>14,.0f}{second:>14,.0f}" for axes, kind, first, second in [*rows(bill), total]]
+    return "\n".join([*lines, *(f"warning: {sentence}" for sentence in (*bill.unknown, *differences(bill)))])
+
+
+def _by_axis(cost: Cost) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for (axes, kind), value in cost.sent.items():
+        found.setdefault(axes, {})[kind] = value
+    return found

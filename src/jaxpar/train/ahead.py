@@ -1,0 +1,70 @@
+"""The functions of the loop, compiled once, ahead of time."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxpar.core.recipe import Recipe
+from jaxpar.core.types import Dataset, State
+from jaxpar.step.parts import Parts, learning_rate
+from jaxpar.step.program import Program
+from jaxpar.train.feed import checked
+
+
+class Compiled(NamedTuple):
+    """What the loop calls.
+
+    Attributes:
+        feed: `feed(step) -> batch`: the batch after `step` updates, checked and on the devices.
+        step: `step(state, batch) -> (state, metrics)`; the state is donated.
+        held_out: `held_out(state) -> nats`: mean over the labels of the held-out batches.
+        rates: learning rate of each step.
+        seconds: that compiling took.
+    """
+
+    feed: Callable[[int], tuple]
+    step: Callable[[State, tuple], tuple[State, dict]]
+    held_out: Callable[[State], float]
+    rates: np.ndarray
+    seconds: float
+
+
+def ready(
+    state: State | None, recipe: Recipe, program: Program, parts: Parts, dataset: Dataset, note: Callable[[str], None]
+) -> tuple[State, Compiled]:
+    """The state to begin with, made if there is none, and all that is left to do, compiled.
+
+    Args:
+        state: of the last checkpoint, if there is one.
+        recipe: for the numbers of steps and of held-out batches.
+        program: what to compile: nothing, if all steps are done.
+        parts: of the run.
+        dataset: for the batches.
+        note: is told how long it takes, since nothing else can be seen of it.
+    """
+    began, step, evaluate = time.perf_counter(), program.step, program.evaluate
+    rates = np.asarray(jax.jit(learning_rate(recipe))(np.arange(recipe.steps)))
+    if state is None or state.step < recipe.steps:
+        note("compiling the step ...")
+        state = state or program.init()
+        step = step.lower(program.shapes, program.batch).compile()
+        evaluate = evaluate.lower(program.shapes.params, program.shapes.extra, program.batch).compile()
+        note(f"compiled in {time.perf_counter() - began:.1f} s")
+
+    def placed(batch, name: str):
+        return program.place(checked(batch, parts, dataset, name))
+
+    def held_out(state: State) -> float:
+        count = min(recipe.evaluate_batches, dataset.held_out_batches)
+        batches = (placed(dataset.held_out(i), f"held-out batch {i}") for i in range(count))
+        found = jax.device_get([evaluate(state.params, state.extra, batch) for batch in batches])
+        nats, labels = np.sum(found, axis=0, dtype=np.float64)
+        return float(nats / max(labels, 1))
+
+    def feed(step: int):
+        return placed(dataset.batch(step), f"batch {step}")
+
+    return state, Compiled(feed, step, held_out, rates, time.perf_counter() - began)

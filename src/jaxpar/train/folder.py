@@ -1,0 +1,147 @@
+"""The folder of a run: `runs/NAME/` with recipe.json, plan.txt, metrics.jsonl, summary.json and checkpoints/."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jaxpar.core.recipe import Recipe
+from jaxpar.core.refuse import Problem, Refused, refuse
+
+RECIPE, PLAN, METRICS, SUMMARY, CHECKPOINTS = "recipe.json", "plan.txt", "metrics.jsonl", "summary.json", "checkpoints"
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+FREE = ("plan", "evaluate_every", "evaluate_batches", "checkpoint_every")  # may change when a run resumes
+
+
+def locate(recipe: Recipe, name: str, runs_dir: str, overwrite: bool = False) -> Path:
+    """The folder of run `name`, if this recipe may be trained there; nothing is written or deleted yet.
+
+    A run resumes under any plan and with evaluations and checkpoints at other steps. Every other field changes what is
+    learned, also `steps`, which the learning rate follows.
+
+    Raises:
+        Refused: if the name cannot be that of a folder, another recipe was trained there, or it is no run's folder.
+    """
+    if not NAME.fullmatch(name) or name in (".", ".."):
+        rule = "must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor .."
+        legal = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:64] or "run"
+        raise Refused([Problem("name", repr(name), rule, legal)])
+    folder = Path(runs_dir).expanduser() / name
+    if not os.path.lexists(folder) or _is_fresh(folder):
+        return folder
+    if not _is_run(folder):
+        rule = f"{folder} is there and is not the folder of a run, so it is left alone."
+        raise Refused([Problem("name", name, rule, "another --name or --runs-dir")])
+    if not overwrite:
+        refuse(_differences(folder, recipe))
+    return folder
+
+
+def clear(folder: Path) -> bool:
+    """Delete the folder of a run, whole; False, and nothing is touched, if it is none."""
+    if not _is_run(folder):
+        return False
+    with _writing(folder):
+        shutil.rmtree(folder)
+    return True
+
+
+def describe(folder: Path, recipe: Recipe) -> None:
+    """Make the folder and write recipe.json and plan.txt, as they are from now on.
+
+    Raises:
+        Refused: if it cannot be written.
+    """
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / PLAN, f"{recipe.plan}\n")
+        write(folder / RECIPE, recipe.to_json() + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def append(folder: Path, line: dict) -> None:
+    """Add one line to metrics.jsonl."""
+    with open(folder / METRICS, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def keep(folder: Path, step: int) -> list[dict]:
+    """Cut metrics.jsonl back to what was known after `step` updates, and return its lines.
+
+    A run that was killed may have got further than its last checkpoint, or have left half a line.
+    """
+    path = folder / METRICS
+    written = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [line for line in map(_parsed, written.splitlines()) if line and line["step"] <= step]
+    write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        rule = f"{error.filename or folder} cannot be written: {error.strerror or error}."
+        raise Refused([Problem("runs_dir", folder.parent, rule, "a folder of yours, by --runs-dir")]) from error
+
+
+def _parsed(text: str) -> dict | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def _is_fresh(folder: Path) -> bool:
+    """Whether `folder` is empty, or was left by a run that was killed before it had written its recipe."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return not {entry.name.removesuffix(".part") for entry in folder.iterdir()} - {RECIPE, PLAN} and not _is_run(folder)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether `folder` itself, not a link to it, holds the recipe of a run, of this or another version."""
+    if folder.is_symlink() or not (folder / RECIPE).is_file():
+        return False
+    try:
+        return {"model", "data", "plan"} <= set(json.loads((folder / RECIPE).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return False
+
+
+def _differences(folder: Path, recipe: Recipe) -> Iterable[Problem]:
+    """One problem for each field of `recipe` that means another run than the one in `folder`."""
+    try:
+        there = _flat(json.loads(Recipe.from_json((folder / RECIPE).read_text(encoding="utf-8")).to_json()))
+    except (ValueError, TypeError) as error:
+        rule = f"{folder / RECIPE} is not a recipe that this version can read ({error})."
+        return [Problem("name", folder.name, rule, "another --name, or --overwrite to delete that run and start anew")]
+    here = _flat(dataclasses.asdict(recipe))
+    found = [
+        Problem(field, value, f"the run in {folder} has {there[field]}.", f"{there[field]}, to resume it")
+        for field, value in here.items()
+        if field not in FREE and value != there[field]
+    ]
+    legal = "another --name, or --overwrite to delete that run"
+    return [*found, Problem("name", folder.name, "is that of a run of another recipe.", legal)] if found else []
+
+
+def _flat(values: dict, above: str = "") -> dict:
+    """Fields by their dotted names; the plan stays one field."""
+    found = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict) and name != "plan"
+        found |= _flat(value, f"{above}{name}.") if inner else {above + name: value}
+    return found

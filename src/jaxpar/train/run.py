@@ -1,0 +1,60 @@
+"""What a run leaves behind."""
+
+import math
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from jaxpar.core.types import Dataset, State
+from jaxpar.step.parts import Parts
+from jaxpar.step.program import Program
+
+SPEEDS = "step_ms", "data_ms", "tokens_per_second", "examples_per_second"
+
+
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+        state: after the last step.
+        losses: training loss of each step, in nats.
+        held_out: (step, nats) of each evaluation.
+        folder: where it is written; None if it is not.
+        summary: what summary.json says.
+        program: the functions it was trained by.
+        parts: its model and the rest of what the recipe names.
+        dataset: its data.
+    """
+
+    state: State
+    losses: list[float]
+    held_out: list[tuple[int, float]]
+    folder: Path | None
+    summary: dict
+    program: Program
+    parts: Parts
+    dataset: Dataset
+
+
+def finished(
+    state: State, lines: list[dict], folder: Path | None, program: Program, parts: Parts, dataset: Dataset
+) -> Run:
+    """The run of which `lines` are all lines of metrics.jsonl."""
+    losses = [line["loss"] for line in lines if "loss" in line]
+    held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+    values = {name: [line[name] for line in lines if name in line] for name in SPEEDS}
+    summary = {
+        "steps": int(state.step),
+        "loss": losses[-1] if losses else None,
+        "held_out_loss": held_out[-1][1] if held_out else None,
+        **{name: round(statistics.median(found), 3) for name, found in values.items() if found},
+        "compile_s": round(sum(line.get("compile_s", 0) for line in lines), 3),
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.unpadded.params)),
+        "mesh": dict(program.mesh.shape),
+        "device": program.mesh.devices.flat[0].device_kind,
+        "jax": jax.__version__,
+        "data": dataset.source,
+    }
+    return Run(state, losses, held_out, folder, summary, program, parts, dataset)

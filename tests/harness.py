@@ -1,0 +1,137 @@
+"""Runs the real step on small models, once per plan, and remembers the one-device reference."""
+
+import functools
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpar.core.plan import Plan
+from jaxpar.core.recipe import Model, Recipe
+from jaxpar.core.types import State
+from jaxpar.plan import padding
+from jaxpar.step.parts import Parts, assemble
+from jaxpar.step.program import Program, program
+
+BATCH, CONTEXT, CLASSES = 16, 8, 61  # a vocabulary that no mesh of these tests divides
+MESHES = (
+    "tensor=one_d:8",
+    "tensor=sequence:8",
+    "tensor=fsdp:8",
+    "tensor=two_d:2x4",
+    "tensor=two_d:4x2",
+    "data=2,tensor=two_d:2x2",
+    "tensor=two_half_d:2x2x2",
+    "tensor=three_d:2x2x2",
+    "tensor=three_d:1x4x2",
+    "tensor=three_d:4x2x1",
+)
+SMALL = {
+    "gpt": Model("gpt", layers=2, width=32, heads=8, hidden=64, context=CONTEXT),
+    "gru": Model("gru", layers=2, width=16, hidden=32, context=CONTEXT),
+    "mlp": Model("mlp", layers=2, width=32, hidden=64),
+    "convnet": Model("convnet", layers=2, width=16, hidden=32),
+}
+
+
+class Ran(NamedTuple):
+    """Loss, gradients and new extra of one step from random parameters, unpadded, and what ran."""
+
+    loss: float
+    gradients: object
+    extra: object
+    parts: Parts
+    program: Program
+    text: str
+
+
+def recipe_of(model: Model, plan: str, **fields) -> Recipe:
+    """A recipe of the tests' batch size."""
+    return Recipe(model=model, plan=Plan.parse(plan), **{"batch": BATCH, "steps": 50, "warmup": 5, **fields})
+
+
+def batch_of(recipe: Recipe, step: int = 0):
+    """Random tokens or images and labels, one of them to be ignored."""
+    rng = np.random.default_rng(step)
+    if recipe.model.name in ("gpt", "gru"):
+        tokens = rng.integers(0, CLASSES, (recipe.batch, CONTEXT + 1)).astype(np.int32)
+        inputs, labels = tokens[:, :-1], tokens[:, 1:].copy()
+        labels[0, 0] = -1
+        return inputs, labels
+    images, labels = rng.normal(size=(recipe.batch, 8, 8, 1)), rng.integers(0, 10, recipe.batch)
+    return images.astype(np.float32), labels.astype(np.int32)
+
+
+def built(recipe: Recipe) -> tuple[Parts, Program]:
+    """The parts and the program of a recipe, for the batches of `batch_of`."""
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in batch_of(recipe)]
+    parts = assemble(recipe, *shapes, CLASSES if len(shapes[1].shape) > 1 else 10)
+    return parts, program(parts)
+
+
+@functools.cache
+def start(model: Model):
+    """Unpadded parameters and extra on the host: the initial ones and some noise, so that no bias is 0 and no gain 1."""
+    parts, _ = built(recipe_of(model, "data=1"))
+    rng = np.random.default_rng(7)
+    params, extra = jax.tree.map(np.asarray, jax.jit(parts.model.init)(jax.random.key(0)))
+    return jax.tree.map(lambda leaf: leaf + 0.02 * rng.normal(size=leaf.shape).astype(np.float32), params), extra
+
+
+def placed(recipe: Recipe, parts: Parts, made: Program):
+    """A State with the parameters of `start` on the devices of the plan, and no optimizer."""
+    multiple = padding.parts(parts.settings.placement)
+
+    def one(words, leaf, to):
+        wider = np.pad(leaf, [(0, more) for more in padding.fill(words, leaf.shape, multiple)])
+        return jax.device_put(wider, to.sharding)
+
+    trees = zip(parts.model.dims, start(recipe.model), made.shapes[1:3], strict=True)
+    params, extra = (jax.tree.map(one, *three) for three in trees)
+    return State(jax.device_put(np.int32(0), made.shapes.step.sharding), params, extra, (), {})
+
+
+def unpadded(tree, like):
+    """On the host, without the padding of the vocabulary."""
+    return jax.tree.map(lambda leaf, to: np.asarray(leaf)[tuple(map(slice, to.shape))], tree, like)
+
+
+def run(recipe: Recipe) -> Ran:
+    """Compile loss and gradients once; run them, and keep the program's text."""
+    parts, made = built(recipe)
+    state, batch = placed(recipe, parts, made), made.place(batch_of(recipe))
+    compiled = made.gradients.lower(state, batch).compile()
+    loss, gradients, extra, _ = compiled(state, batch)
+    like = made.unpadded
+    cut = unpadded(gradients, like.params), unpadded(extra, like.extra)
+    return Ran(float(loss), *cut, parts, made, compiled.as_text())
+
+
+@functools.cache
+def reference(model: Model) -> Ran:
+    """The same on one device, without microbatches."""
+    return run(recipe_of(model, "data=1"))
+
+
+def losses(recipe: Recipe, steps: int) -> tuple[np.ndarray, object]:
+    """Training losses of `steps` updates on the same few batches, and the last extra, unpadded."""
+    _, made = built(recipe)
+    state, found = made.init(), []
+    compiled = made.step.lower(made.shapes, made.place(batch_of(recipe))).compile()
+    for step in range(steps):
+        state, metrics = compiled(state, made.place(batch_of(recipe, step % 4)))
+        found.append(metrics["loss"])
+    return np.asarray(jnp.stack(found)), unpadded(state.extra, made.unpadded.extra)
+
+
+@functools.cache
+def reference_losses(model: Model, steps: int):
+    """The same on one device."""
+    return losses(recipe_of(model, "data=1"), steps)
+
+
+def variant(model: Model, **fields) -> Model:
+    """`model` with other fields."""
+    return replace(model, **fields)
