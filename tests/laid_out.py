@@ -1,7 +1,6 @@
 """One layer on its own, laid out by a plan: global arrays in, global arrays out."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,29 +14,28 @@ from jaxpar.policies.fp32 import fp32
 
 
 class Pulled(NamedTuple):
-    """What a layer gave, the gradients of `(y * dy).sum()` by params and x, and the new extra."""
+    """What a layer gave, the gradients of `(y * dy).sum()` by params and by x, and the new extra."""
 
     y: Any
     gradients: tuple[Any, Any]
     extra: Any
 
 
-def laid_out(layer: Layer, plan: str, shape: tuple[int, ...], dims: tuple[str, str], **mode) -> Callable:
+def laid_out(layer: Layer, plan: str, sizes: dict[str, int], dims: tuple[str, str], **mode) -> Callable:
     """`apply(params, extra, x) -> (y, extra)` on the devices of `plan`.
 
     Args:
         layer: what to run.
-        plan: as in a recipe; only mesh and scheme count here.
-        shape: of x.
+        plan: as in a recipe; only its mesh and scheme count here.
+        sizes: entries of `batch`, and of `context` and `kv_heads` where the layer has them.
         dims: all dim words of x, and of y.
         mode: fields of `Settings`, such as `train`.
     """
-    scheme, words = scheme_of(Plan.parse(plan).tensor), [side.split() for side in dims]
-    sizes = {word: size for word, size in zip(words[0], shape, strict=True) if word in ("batch", "context")}
-    placement = layout.place(scheme, Plan.parse(plan).data, sizes)
+    plan = Plan.parse(plan)
+    placement = layout.place(scheme_of(plan.tensor), plan.data, sizes)
     settings = Settings(placement, fp32(), device_wire(), **mode)
     params, extra = (mesh.parameter_specs(placement, tree) for tree in layer.dims)
-    x, y = (mesh.spec(layout.activation(placement, side, len(one))) for side, one in zip(dims, words, strict=True))
+    x, y = (mesh.spec(layout.activation(placement, words, len(words.split()))) for words in dims)
     return jax.shard_map(
         lambda *local: layer.apply(*local, context(settings)),
         mesh=mesh.mesh_of(placement.scheme.axes),
@@ -46,11 +44,7 @@ def laid_out(layer: Layer, plan: str, shape: tuple[int, ...], dims: tuple[str, s
     )
 
 
-def pulled(apply: Callable) -> Callable:
-    """Jitted `pull(params, extra, x, dy) -> Pulled`."""
-    return jax.jit(partial(_pull, apply))
-
-
-def _pull(apply, params, extra, x, dy):
+def pull(apply: Callable, params, extra, x, dy) -> Pulled:
+    """Run `apply(params, extra, x) -> (y, extra)` forward and back."""
     y, back, extra = jax.vjp(lambda params, x: apply(params, extra, x), params, x, has_aux=True)
     return Pulled(y, back(dy), extra)

@@ -1,6 +1,7 @@
 """One model, any layout, the same numbers; and the bytes that the bill predicts.
 
-Every case compiles loss and gradients once, compares all gradients with one device, and counts the bytes in the compiled program.
+Every case compiles loss and gradients once, compares all gradients with one device, and counts the bytes in the
+compiled program.
 """
 
 import itertools

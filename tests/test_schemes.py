@@ -1,6 +1,5 @@
 """What every tensor-parallel scheme promises: layouts that close, products that are derived, and what they cost."""
 
-import inspect
 import re
 from math import prod
 
@@ -11,7 +10,7 @@ import pytest
 from jaxpar.core import compat, family
 from jaxpar.core.plan import Plan, scheme_of
 from jaxpar.core.recipe import Model, Recipe
-from jaxpar.plan import layout, mesh
+from jaxpar.plan import layout, mesh, product
 from jaxpar.plan.context import Settings, context
 from jaxpar.plan.layout import place
 from jaxpar.plan.wire import ledger
@@ -29,17 +28,19 @@ PRODUCTS = ("embed mlp", "mlp embed", "embed heads", "embed kv_heads", "heads em
 PRODUCTS += ("embed embed", "mlp mlp", "- embed", "- mlp", "vocab embed")
 
 
-def named(name, sizes):
-    return ":".join(filter(None, [name, "x".join(map(str, sizes))]))
+def tensors(name):
+    """`plan.tensor` for one scheme, in several sizes."""
+    count = len(family.parameters(family.pick("schemes", name)))
+    return [":".join(filter(None, [name, "x".join(map(str, sizes))])) for sizes in SIZES.get(count, [(2,) * count])]
 
 
-def count_of_sizes(name):
-    return len(family.parameters(family.pick("schemes", name)))
+def numbers(tensor):
+    """The sizes that `plan.tensor` gives."""
+    return [int(size) for size in re.findall(r"\d+", tensor.partition(":")[2])]
 
 
-each = pytest.mark.parametrize(
-    "tensor", [named(name, sizes) for name in family.names("schemes") for sizes in SIZES[count_of_sizes(name)]]
-)
+TENSORS = [tensor for name in family.names("schemes") for tensor in tensors(name)]
+each = pytest.mark.parametrize("tensor", TENSORS)
 
 
 # layouts
@@ -48,7 +49,7 @@ each = pytest.mark.parametrize(
 @each
 def test_layouts_use_own_axes_once(tensor):
     scheme = scheme_of(tensor)
-    assert list(scheme.axes.values()) == [int(size) for size in re.findall(r"\d+", tensor.partition(":")[2])]
+    assert list(scheme.axes.values()) == numbers(tensor)
     for table in filter(None, (getattr(scheme, name) for name in TABLES)):
         axes = [axis for dim in table for axis in dim]
         assert len(table) == 2 and len(set(axes)) == len(axes) and set(axes) <= set(scheme.axes), table
@@ -61,7 +62,7 @@ def placed(request, tensor):
     """A scheme on a model whose dims it all divides, but for the 3 whole features that enter; and sizes of dims."""
     scheme = scheme_of(tensor)
     parts = prod(scheme.axes.values())
-    sizes = {word: 4 * parts for word in layout.INNER} | {"embed": 8 * parts, "-": 3}
+    sizes = dict.fromkeys(layout.INNER, 4 * parts) | {"embed": 8 * parts, "-": 3}
     sizes |= {"batch": 4 * parts, "context": 2 * parts, "height": 5, "width": 7}
     if request.param == "few sequences":
         sizes["batch"] = layout.size(scheme, scheme.inner[0])
@@ -72,8 +73,7 @@ def placed(request, tensor):
 
 def local(placement, sizes, words, lies, dtype=jnp.float32):
     """One device's part of an array whose dims have these names."""
-    sizes = (sizes[word] for word in words)
-    shape = tuple(size // layout.size(placement.scheme, axes) for size, axes in zip(sizes, lies, strict=True))
+    shape = tuple(sizes[word] // layout.size(placement.scheme, axes) for word, axes in zip(words, lies, strict=True))
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -101,26 +101,34 @@ def test_every_product_ends_where_it_belongs(tensor, placed):
 @each
 @pytest.mark.parametrize("data", [1, 2])
 def test_what_must_lie_alike_does(tensor, data):
-    """Batches enter as inner rows; a pair ends where it began; a tied table is its head, transposed."""
-    placement = place(scheme_of(tensor), data, {"batch": 64, "context": 64})
-    dims = layout.weight(placement, "vocab embed")
-    assert dims[::-1] == layout.weight(placement, "embed vocab")
-    for word in ("mlp", "heads", "kv_heads", "vocab", "channels"):
-        whole, inner = (layout.activation(placement, one, 3) for one in ("-", word))
-        assert whole[:2] == inner[:2] and inner == layout.activation(placement, "mlp", 3)
-    everywhere = placement.scheme.axes if data == 1 else [axis for axis in placement.scheme.axes if axis != "data"]
+    """A pair ends where it began; batches enter as inner rows; a tied table is its head, transposed."""
+    scheme = scheme_of(tensor)
+    placement = place(scheme, data, {"batch": 64, "context": 64})
+    up, down = (product.route(placement, dims, 3) for dims in ("embed mlp", "mlp embed"))
+    assert (up.x, up.y) == (down.y, down.x)
+    for word in layout.INNER:
+        assert layout.activation(placement, word, 3) == up.y
+    assert layout.activation(placement, "-", 3) == (*up.y[:2], ())
+    assert layout.weight(placement, "vocab embed")[::-1] == layout.weight(placement, "embed vocab")
+    sizes = {"data": data} | scheme.axes
+    assert placement.scheme.axes == {axis: size for axis, size in sizes.items() if size > 1}  # major first
     assert ("data" in layout.replicas(placement)) == (data > 1)
-    assert list(everywhere) == [axis for axis, size in scheme_of(tensor).axes.items() if size > 1]
 
 
 # bytes
 
 
-def lines_of(plan, *, batch=96, context=48, layers=3, width=192, heads=24):
-    """The bill of a GPT, and the recipe's sizes."""
-    model = Model("gpt", layers=layers, width=width, heads=heads, context=context)
-    ids = jax.ShapeDtypeStruct((batch, context), jnp.int32)
-    return gradient_lines(assemble(Recipe(model=model, plan=Plan.parse(plan), batch=batch), ids, ids, 256))
+SHAPE = {"batch": 96, "context": 48, "layers": 3, "width": 192, "heads": 24}
+
+
+def lines_of(plan, **shape):
+    """The bill of a GPT of `SHAPE`, but for what `shape` changes."""
+    sizes = SHAPE | shape
+    ids = jax.ShapeDtypeStruct((sizes["batch"], sizes["context"]), jnp.int32)
+    batch = sizes.pop("batch")
+    return gradient_lines(
+        assemble(Recipe(model=Model("gpt", **sizes), plan=Plan.parse(plan), batch=batch), ids, ids, 256)
+    )
 
 
 def anonymous(lines, without="no such site"):
@@ -158,11 +166,15 @@ CLOSED_FORMS = {
     "fsdp": lambda t, h, f: 12 * h**2 * (f - 1) / f,
     "two_d": lambda t, h, r, c: (7 * t * h * (c - 1) + 12 * h**2 * (r - 1)) / (r * c),
     "two_half_d": lambda t, h, d, r, c: (7 * t * h * (c - 1) / d + 12 * h**2 * (r - 1)) / (r * c),
-    "three_d": lambda t, h, a, b, c: (
-        (4 * t * h * (b - 1) + 12 * h**2 * (a - 1) + 12 * t * h * (c - 1)) / (a * b * c)
-    ),
+    "three_d": lambda t, h, a, b, c: (4 * t * h * (b - 1) + 12 * h**2 * (a - 1) + 12 * t * h * (c - 1)) / (a * b * c),
 }
-POD = dict(batch=512, context=64, layers=2, width=1024, heads=64)  # for 64 and 512 devices
+# of which a backward pass that kept only shards gathers again
+GATHERED_AGAIN = CLOSED_FORMS | {
+    "one_d": lambda t, h, n: 0,
+    "sequence": lambda t, h, n: 2 * t * h * (n - 1) / n,
+    "three_d": lambda t, h, a, b, c: (2 * t * h * (b - 1) + 12 * h**2 * (a - 1) + 5 * t * h * (c - 1)) / (a * b * c),
+}
+POD = {"batch": 512, "context": 64, "layers": 2, "width": 1024, "heads": 64}  # for 64 and 512 devices
 PODS = ["one_d:64", "sequence:64", "fsdp:512", "two_d:16x32", "two_d:64x1", "two_half_d:8x8x8", "three_d:8x8x8"]
 PODS += ["three_d:2x8x4", "three_d:4x16x8", "two_half_d:2x8x4"]
 
@@ -174,17 +186,16 @@ def block_elements(lines, phase, layers):
 
 
 def assert_closed_form(tensor, data=1, **shape):
-    name, _, sizes = tensor.partition(":")
-    lines = lines_of(f"data={data},tensor={tensor}", **shape)
-    shape = {name: one.default for name, one in inspect.signature(lines_of).parameters.items() if name != "plan"} | shape
-    rows = shape["batch"] * shape["context"] / data
-    want = CLOSED_FORMS[name](rows, shape["width"], *map(int, re.findall(r"\d+", sizes)))
-    for phase in ("forward", "backward"):  # the products of a block transpose into as many bytes
-        assert block_elements(lines, phase, shape["layers"]) == pytest.approx(want, rel=1e-12), phase
+    lines, sizes = lines_of(f"data={data},tensor={tensor}", **shape), SHAPE | shape
+    rows = sizes["batch"] * sizes["context"] / data
+    # the products of a block transpose into as many bytes
+    for phase, forms in {"forward": CLOSED_FORMS, "backward": CLOSED_FORMS, "regather": GATHERED_AGAIN}.items():
+        want = forms[tensor.partition(":")[0]](rows, sizes["width"], *numbers(tensor))
+        assert block_elements(lines, phase, sizes["layers"]) == pytest.approx(want, rel=1e-12), phase
 
 
-@each
-@pytest.mark.parametrize("shape", [{}, {"data": 2}, {"context": 24, "width": 288, "heads": 12 * 2}], ids=str)
+@pytest.mark.parametrize("tensor", [tensor for tensor in TENSORS if tensor.partition(":")[0] in CLOSED_FORMS])
+@pytest.mark.parametrize("shape", [{}, {"data": 2}, {"context": 24, "width": 288}], ids=str)
 def test_bytes_of_a_block_are_the_closed_form(tensor, shape):
     assert_closed_form(tensor, **shape)
 

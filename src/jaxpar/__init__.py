@@ -26,9 +26,15 @@ _PUBLIC = {
     "program": "step.program",
     "Run": "train.run",
     "fit": "train.fit",
+    "sample": "train.sample",
+    "table": "report.bill",
+    "losses_picture": "report.pictures",
     "Interrupted": "train.interrupt",
     "NonFinite": "train.metrics",
     "quiet": "train.progress",
+    "sample": "train.sample",
+    "table": "report.bill",
+    "pictures": "report.pictures",
     "runner": "cli",
 }
 __all__ = sorted(_PUBLIC)
@@ -38,7 +44,7 @@ def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"jaxpar has no {name!r}; it has {', '.join(__all__)}")
     home = importlib.import_module(f"jaxpar.{_PUBLIC[name]}")
-    return home if name == "family" else getattr(home, name)
+    return getattr(home, name, home)  # `family` and `pictures` are the modules themselves
 
 
 def __dir__() -> list[str]:

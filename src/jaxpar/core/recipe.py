@@ -67,7 +67,7 @@ class Recipe:
         seed: of parameters, data order and dropout.
         optimizer: a member of optimizers/.
         learning_rate: largest rate, reached after the warm-up; then a cosine down to a tenth of it.
-        warmup: steps of linear warm-up.
+        warmup: steps of linear warm-up; by default a tenth of all steps, at most 100.
         weight_decay: decoupled decay of matrices, per unit of learning rate.
         clip: largest global norm of the gradients; 0 for no limit.
         evaluate_every: steps between evaluations on held-out data; 0 for the end only.
@@ -83,7 +83,7 @@ class Recipe:
     seed: int = 0
     optimizer: str = "adamw"
     learning_rate: float = 3e-3
-    warmup: int = 20
+    warmup: int | None = None
     weight_decay: float = 0.1
     clip: float = 1.0
     evaluate_every: int = 100

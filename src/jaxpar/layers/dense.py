@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpar.core.parts import normal
-from jaxpar.core.refuse import near_miss
+from jaxpar.core.refuse import Problem, Refused, near_miss
 from jaxpar.core.types import Layer
 
 ACTIVATIONS = {
@@ -18,12 +18,12 @@ def activation(name: str):
     """The elementwise function called `name`: exact `gelu`, `gelu_tanh`, or `relu`.
 
     Raises:
-        ValueError: if there is none; the message has the likeliest name.
+        Refused: if there is none; the message has the likeliest name.
 
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
     if name not in ACTIVATIONS:
-        raise ValueError(f"model.activation = {name}: {near_miss(name, ACTIVATIONS)}.")
+        raise Refused([Problem("model.activation", name, "there is no such function.", near_miss(name, ACTIVATIONS))])
     return ACTIVATIONS[name]
 
 

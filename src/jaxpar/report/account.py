@@ -20,14 +20,14 @@ def gradient_lines(parts: Parts) -> list[Line]:
     """
     placement, model = parts.settings.placement, parts.model
     book = ledger(placement.scheme.axes)
-    settings = parts.settings._replace(wire=book.wire, key=jax.random.key(0))
-    whole = jax.eval_shape(model.init, jax.random.key(0))
+    settings = parts.settings._replace(wire=book.wire)
+    whole = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     params, extra = (_local(placement, dims, tree) for dims, tree in zip(model.dims, whole, strict=True))
     batch = tuple(_microbatch(placement, parts, a) for a in (parts.inputs, parts.labels))
     rows, replicas = placement.scheme.inner[0], layout.replicas(placement)
 
     with book.repeated(parts.microbatches):
-        jax.eval_shape(lambda *args: nats(model, settings, *args), params, extra, batch)
+        jax.eval_shape(lambda *args: nats(model, settings._replace(key=jax.random.key(0)), *args), params, extra, batch)
         for words, leaf in zip(jax.tree.leaves(model.dims[0]), jax.tree.leaves(params), strict=True):
             for part, axes in _meets(placement, words, leaf):
                 book.entry(f"gradient of {words}", "backward", "all_reduce", part, axes)

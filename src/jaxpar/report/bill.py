@@ -55,7 +55,9 @@ def table(bill: Bill) -> str:
     """Aligned text, a row per axis and collective and one for the sum."""
     total = ("all", "", bill.predicted.total_sent, bill.compiled.total_sent)
     lines = [f"{'mesh axes':<14}{'collective':<16}{'predicted':>14}{'compiled':>14}  bytes per device and step"]
-    lines += [f"{axes:<14}{kind:<16}{first:>14,.0f}{second:>14,.0f}" for axes, kind, first, second in [*rows(bill), total]]
+    lines += [
+        f"{axes:<14}{kind:<16}{first:>14,.0f}{second:>14,.0f}" for axes, kind, first, second in [*rows(bill), total]
+    ]
     return "\n".join([*lines, *(f"warning: {sentence}" for sentence in (*bill.unknown, *differences(bill)))])
 
 

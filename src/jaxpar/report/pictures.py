@@ -5,10 +5,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-INK, TRAINING, HELD_OUT, MUTED = "#1f2328", "#8fb8de", "#0b5394", "#9a6700"
+TRAINING, HELD_OUT, MUTED = "#8fb8de", "#0b5394", "#9a6700"
+NEAR = {"textcoords": "offset points"}
 
 
-def losses(
+def losses_picture(
     path: Path,
     training: Sequence[float],
     held_out: Sequence[tuple[int, float]],
@@ -30,10 +31,10 @@ def losses(
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color=HELD_OUT, marker="o", markersize=4, label="held out")
         step, last = held_out[-1]
-        axes.annotate(f"{last:.3f}", (step, last), textcoords="offset points", xytext=(-4, -14), ha="right", color=HELD_OUT)
+        axes.annotate(f"{last:.3f}", (step, last), xytext=(-4, -14), ha="right", color=HELD_OUT, **NEAR)
     for name, level in levels.items():
         axes.axhline(level, color=MUTED, linestyle="--", linewidth=1)
-        axes.annotate(f"{name} {level:.3f}", (len(training), level), xytext=(0, 4), textcoords="offset points", ha="right", color=MUTED)
+        axes.annotate(f"{name} {level:.3f}", (len(training), level), xytext=(0, 4), ha="right", color=MUTED, **NEAR)
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title, xlim=(0, len(training) * 1.01))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")

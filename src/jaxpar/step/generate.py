@@ -1,53 +1,59 @@
 """Text from a trained language model, on one device."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxpar.core.scheme import Scheme
-from jaxpar.core.types import Layer
+from jaxpar.core.types import Layer, Tree
 from jaxpar.plan.context import context
 from jaxpar.plan.layout import Placement
 from jaxpar.plan.product import Settings
 
+SINGLE = Placement(Scheme(axes={}, outer=((), ()), inner=((), ()), up=((), ()), down=((), ())))
 
-def generate(model: Layer, settings: Settings, params, extra, prompt, *, count: int, window: int, seed: int, heat: float):
-    """Continue a prompt token by token.
+
+class Trained(NamedTuple):
+    """A model with its unpadded parameters and state, and the settings it was trained under (for their precision)."""
+
+    model: Layer
+    settings: Settings
+    params: Tree
+    extra: Tree
+
+
+def generate(
+    trained: Trained, prompt, *, count: int, window: int, temperature: float = 0.8, seed: int = 0
+) -> np.ndarray:
+    """Continue a prompt token by token, each drawn from the model's distribution.
 
     Args:
-        model: from `ids[batch, context]` to logits.
-        settings: of the run, for its precision; the layout is that of one device.
-        params: unpadded parameters.
-        extra: the model's state without gradient.
+        trained: a language model, from `ids[batch, context]` to logits.
         prompt: ids, at least one.
         count: tokens to add.
-        window: how many tokens the model sees at most.
+        window: how many of the last tokens the model sees.
+        temperature: what logits are divided by, above 0.
         seed: of the draws.
-        heat: temperature, above 0; the lower, the likelier the tokens.
 
     Returns:
         Prompt and continuation, int32 `[len(prompt) + count]`.
     """
-    single = Placement(Scheme({}, ((), ()), ((), ()), ((), ()), ((), ())))
-    ctx = context(settings._replace(placement=single, train=False))
+    ctx = context(trained.settings._replace(placement=SINGLE, train=False))
     prompt = np.asarray(prompt, np.int32)
-    size = max(window, 1)
+    start = prompt[-window:]
 
     def one(carry, key):
-        recent, length = carry  # the last tokens, left-aligned
-        logits, _ = model.apply(params, extra, recent[None], ctx)
-        token = jax.random.categorical(key, logits[0, length - 1] / heat).astype(jnp.int32)
-        full = length == size
-        recent = jnp.where(full, jnp.roll(recent, -1), recent)
-        recent = recent.at[jnp.where(full, size - 1, length)].set(token)
-        return (recent, jnp.minimum(length + 1, size)), token
+        seen, length = carry  # the last tokens, from the left; what stands to the right of them is not looked at
+        logits, _ = trained.model.apply(trained.params, trained.extra, seen[None], ctx)
+        token = jax.random.categorical(key, logits[0, length - 1] / temperature).astype(jnp.int32)
+        full = length == window
+        seen = jnp.where(full, jnp.roll(seen, -1), seen).at[jnp.where(full, window - 1, length)].set(token)
+        return (seen, jnp.minimum(length + 1, window)), token
 
-    @jax.jit
-    def run(recent, length, keys):
-        return lax.scan(one, (recent, length), keys)[1]
-
-    start = prompt[-size:]
-    recent = np.pad(start, (0, size - len(start)))
-    tokens = run(recent, jnp.int32(len(start)), jax.random.split(jax.random.key(seed), count))
+    carry = (jnp.asarray(np.pad(start, (0, window - len(start)))), jnp.int32(len(start)))
+    keys = jax.random.split(jax.random.key(seed), count)
+    _, tokens = jax.jit(lambda carry, keys: lax.scan(one, carry, keys))(carry, keys)
     return np.concatenate([prompt, np.asarray(tokens)])

@@ -55,7 +55,7 @@ def prepare(recipe: Recipe, data_dir: str | None = None) -> tuple[Parts, Dataset
     found = Collector([])
     dataset = found.attempt(_dataset, recipe, data_dir)
     if dataset is None:
-        found.attempt(assemble, recipe, None, None, 1)
+        found.attempt(_checked, recipe, None, None, 1)
         refuse(found.problems)
     batch = dataset.batch(0)
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in batch]
@@ -67,7 +67,7 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
 
     Args:
         recipe: every choice.
-        inputs: `jax.ShapeDtypeStruct` of the inputs of one batch; None to check only what does not need it.
+        inputs: `jax.ShapeDtypeStruct` of the inputs of one batch.
         labels: the same of its labels.
         classes: number of classes or tokens of the data.
 
@@ -84,11 +84,15 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
         regather=plan.regather,
     )
     reducer = family.pick("reducers", plan.reducer)()
-    return Parts(model, optimizer(recipe, model), reducer, settings, 1 + bool(recipe.clip), plan.microbatches, recipe.seed, inputs, labels)
+    update, norms = optimizer(recipe, model), 1 + bool(recipe.clip)
+    return Parts(model, update, reducer, settings, norms, plan.microbatches, recipe.seed, inputs, labels)
 
 
 def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Placement]:
-    """The model and where it lies, once no problem is left that could be found; arguments as for `assemble`."""
+    """The model and where it lies, once no problem is left that could be found; arguments as for `assemble`.
+
+    Without inputs and labels it checks what does not need them; the model may then be None.
+    """
     found = Collector([*of_numbers(recipe), *check.of_plan(recipe.plan)])
     scheme = found.attempt(scheme_of, recipe.plan.tensor)
     builder = found.attempt(family.pick, "models", recipe.model.name, "model.name")
@@ -137,11 +141,12 @@ def model_fields(recipe: Recipe, classes: int | None) -> dict:
 
 def learning_rate(recipe: Recipe) -> optax.Schedule:
     """From the number of updates done to the rate: warm-up, then a cosine down to a tenth."""
+    warmup = min(recipe.steps // 10, 100) if recipe.warmup is None else recipe.warmup
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if recipe.warmup else recipe.learning_rate,
+        init_value=0.0 if warmup else recipe.learning_rate,
         peak_value=recipe.learning_rate,
-        warmup_steps=recipe.warmup,
-        decay_steps=max(recipe.steps, recipe.warmup + 1),
+        warmup_steps=warmup,
+        decay_steps=max(recipe.steps, warmup + 1),
         end_value=recipe.learning_rate / 10,
     )
 
@@ -157,15 +162,15 @@ def optimizer(recipe: Recipe, model: Layer) -> optax.GradientTransformation:
 def of_numbers(recipe: Recipe):
     """Numbers out of range."""
     yield from order.wrong(recipe.seed, batch=recipe.batch)
-    least = {"steps": 1, "warmup": 0, "weight_decay": 0, "clip": 0, "evaluate_every": 0}
+    least = {"steps": 1, "weight_decay": 0, "clip": 0, "evaluate_every": 0}
     for field, bound in (least | {"evaluate_batches": 1, "checkpoint_every": 0}).items():
         value = getattr(recipe, field)
         if not value >= bound or value == float("inf"):
             yield Problem(field, value, f"must be a finite number of at least {bound}.", str(bound))
     if not 0 < recipe.learning_rate <= 100:
         yield Problem("learning_rate", recipe.learning_rate, "must lie above 0 and not above 100.", "0.003")
-    if recipe.warmup > recipe.steps:
-        rule = f"must not be more than steps = {recipe.steps}."
+    if recipe.warmup is not None and not 0 <= recipe.warmup <= max(recipe.steps, 1):
+        rule = f"must be at least 0 and not more than steps = {recipe.steps}."
         yield Problem("warmup", recipe.warmup, rule, f"0 to {recipe.steps}")
     if recipe.seed >= 2**32:
         yield Problem("seed", recipe.seed, "must fit in 32 bits.", f"0 to {2**32 - 1}")

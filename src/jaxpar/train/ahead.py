@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.types import Dataset, State
+from jaxpar.report.bill import Bill, bill
 from jaxpar.step.parts import Parts, learning_rate
 from jaxpar.step.program import Program
 from jaxpar.train.feed import checked
@@ -22,6 +23,7 @@ class Compiled(NamedTuple):
         step: `step(state, batch) -> (state, metrics)`; the state is donated.
         held_out: `held_out(state) -> nats`: mean over the labels of the held-out batches.
         rates: learning rate of each step.
+        bill: bytes that each device sends in a step, predicted and compiled; None if nothing was compiled.
         seconds: that compiling took.
     """
 
@@ -29,6 +31,7 @@ class Compiled(NamedTuple):
     step: Callable[[State, tuple], tuple[State, dict]]
     held_out: Callable[[State], float]
     rates: np.ndarray
+    bill: Bill | None
     seconds: float
 
 
@@ -45,14 +48,17 @@ def ready(
         dataset: for the batches.
         note: is told how long it takes, since nothing else can be seen of it.
     """
-    began, step, evaluate = time.perf_counter(), program.step, program.evaluate
+    step, evaluate, sent, seconds = program.step, program.evaluate, None, 0.0
     rates = np.asarray(jax.jit(learning_rate(recipe))(np.arange(recipe.steps)))
     if state is None or state.step < recipe.steps:
         note("compiling the step ...")
+        began = time.perf_counter()
         state = state or program.init()
         step = step.lower(program.shapes, program.batch).compile()
         evaluate = evaluate.lower(program.shapes.params, program.shapes.extra, program.batch).compile()
-        note(f"compiled in {time.perf_counter() - began:.1f} s")
+        seconds = time.perf_counter() - began
+        note(f"compiled in {seconds:.1f} s")
+        sent = bill(parts, step.as_text())
 
     def placed(batch, name: str):
         return program.place(checked(batch, parts, dataset, name))
@@ -67,4 +73,4 @@ def ready(
     def feed(step: int):
         return placed(dataset.batch(step), f"batch {step}")
 
-    return state, Compiled(feed, step, held_out, rates, time.perf_counter() - began)
+    return state, Compiled(feed, step, held_out, rates, sent, seconds)

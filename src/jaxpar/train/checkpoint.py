@@ -20,6 +20,7 @@ from jaxpar.step.program import Program
 
 FORMAT = 1  # of what is on disk; a higher number is refused
 KEPT = 3  # newest checkpoints of a run
+NAMED = 8  # leaves that differ, in one message
 
 
 def save(folder: Path, program: Program, state: State, about: dict) -> int:
@@ -74,6 +75,12 @@ def about(folder: Path, step: int) -> dict:
     return found
 
 
+def described(folder: Path, step: int) -> dict:
+    """Each leaf on disk by its name, with `shape` and `dtype`; no array is read."""
+    with _reading(folder, step), _manager(folder) as manager:
+        return _flat(manager.item_metadata(step).state.tree)
+
+
 def restore(folder: Path, program: Program, step: int) -> State:
     """The State of `step`, laid out and padded for `program`, whatever plan wrote it.
 
@@ -82,7 +89,7 @@ def restore(folder: Path, program: Program, step: int) -> State:
     """
     wanted = _on_disk(program)
     with _reading(folder, step), _manager(folder) as manager:
-        there = _flat(manager.item_metadata(step).state.tree)
+        there = described(folder, step)
         refuse(_differences(folder / str(step), there, wanted))
         target = _nested(wanted)
         how = ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
@@ -124,7 +131,11 @@ def _resizer(targets):
 
 
 def _manager(folder: Path, create: bool = False) -> ocp.CheckpointManager:
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
+    # else each copy of an array writes a share of it, and every share is first compiled: seconds, to save milliseconds
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    handlers = {"state": state, "about": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(
         max_to_keep=KEPT,
         create=create,
@@ -153,11 +164,15 @@ def _differences(path: Path, there: dict, wanted: dict[str, jax.ShapeDtypeStruct
         {name: f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in leaves.items()}
         for leaves in (there, wanted)
     )
-    return [
-        Problem(name, found.get(name, "nothing"), f"so says {path}; the recipe needs {needed.get(name, 'nothing')}.")
-        for name in sorted(found.keys() | needed.keys())
-        if found.get(name) != needed.get(name)
+    wrong = sorted(name for name in found.keys() | needed.keys() if found.get(name) != needed.get(name))
+    if not wrong:
+        return []
+    rule = f"is of another model or optimizer: {len(wrong)} leaves differ."
+    named = [
+        Problem(name, found.get(name, "missing"), f"the recipe needs {needed.get(name, 'nothing')}.")
+        for name in sorted(wrong, key=lambda name: not name.startswith("params"))[:NAMED]
     ]
+    return [Problem("checkpoint", path, rule, "the recipe that wrote it; another --name; or --overwrite"), *named]
 
 
 def _nested(leaves: dict) -> dict:

@@ -70,7 +70,7 @@ def fit(
                 disk.save(state)
             if stop:
                 raise Interrupted(f"stopped after step {number} of {recipe.steps}; the same command goes on from there")
-        done = finished(state, written.lines, folder, program, parts, dataset)
+        done = finished(state, written.lines, folder, program, parts, dataset, run.bill)
         disk.finish(done.summary)
     return done
 

@@ -69,6 +69,15 @@ def write(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def summary(folder: Path) -> dict:
+    """What summary.json says; nothing if there is none that can be read."""
+    try:
+        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def append(folder: Path, line: dict) -> None:
     """Add one line to metrics.jsonl."""
     with open(folder / METRICS, "a", encoding="utf-8") as stream:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 
 from jaxpar.core.types import Dataset, State
+from jaxpar.report.bill import Bill, as_json
 from jaxpar.step.parts import Parts
 from jaxpar.step.program import Program
 
@@ -26,6 +27,7 @@ class Run(NamedTuple):
         program: the functions it was trained by.
         parts: its model and the rest of what the recipe names.
         dataset: its data.
+        bill: bytes that each device sent per step, predicted and compiled; None if no step was left to be compiled.
     """
 
     state: State
@@ -36,10 +38,17 @@ class Run(NamedTuple):
     program: Program
     parts: Parts
     dataset: Dataset
+    bill: Bill | None
 
 
 def finished(
-    state: State, lines: list[dict], folder: Path | None, program: Program, parts: Parts, dataset: Dataset
+    state: State,
+    lines: list[dict],
+    folder: Path | None,
+    program: Program,
+    parts: Parts,
+    dataset: Dataset,
+    bill: Bill | None,
 ) -> Run:
     """The run of which `lines` are all lines of metrics.jsonl."""
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -57,4 +66,6 @@ def finished(
         "jax": jax.__version__,
         "data": dataset.source,
     }
-    return Run(state, losses, held_out, folder, summary, program, parts, dataset)
+    if bill:
+        summary["comm"] = as_json(bill)
+    return Run(state, losses, held_out, folder, summary, program, parts, dataset, bill)

@@ -21,7 +21,7 @@ class Store(NamedTuple):
             None and no lines. `note` is told what was found.
         append: `append(line)`: one more line of metrics.jsonl.
         save: `save(state)`: a checkpoint, complete when this returns.
-        finish: `finish(summary)`: the run is done.
+        finish: `finish(summary)`: the run is done; what an earlier summary knew besides is kept.
     """
 
     load: Callable[[Callable[[str], None]], tuple[State | None, list[dict]]]
@@ -55,8 +55,8 @@ def on_disk(path: Path, recipe: Recipe, program: Program, dataset: Dataset, over
         if steps:
             _refuse_other_data(checkpoint.about(checkpoints, steps[-1]), digest, recipe, dataset)
             state = checkpoint.restore(checkpoints, program, steps[-1])
-            done = "is finished: read" if steps[-1] == recipe.steps else "resumes"
-            note(f"the run in {path} {done} after step {steps[-1]} of {recipe.steps}")
+            how = "all is done in" if steps[-1] == recipe.steps else "resuming"
+            note(f"{how} {path}: {steps[-1]} of {recipe.steps} steps")
         folder.describe(path, recipe)
         return state, folder.keep(path, steps[-1] if steps else 0)
 
@@ -65,7 +65,9 @@ def on_disk(path: Path, recipe: Recipe, program: Program, dataset: Dataset, over
         checkpoint.save(checkpoints, program, state, about)
 
     def finish(summary):
-        folder.write(path / folder.SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        folder.write(
+            path / folder.SUMMARY, json.dumps(folder.summary(path) | summary, indent=2, allow_nan=False) + "\n"
+        )
 
     return Store(load, lambda line: folder.append(path, line), save, finish)
 

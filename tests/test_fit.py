@@ -1,0 +1,208 @@
+"""Training: what a run returns and writes, what it refuses, and that one bad batch cannot pass unseen."""
+
+import json
+import math
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from tiny import TINY
+
+from jaxpar.core.plan import Plan
+from jaxpar.core.recipe import Data, Model, Recipe
+from jaxpar.core.refuse import Refused
+from jaxpar.step.parts import prepare
+from jaxpar.train import folder
+from jaxpar.train.ahead import Compiled
+from jaxpar.train.feed import checked
+from jaxpar.train.fit import fit
+from jaxpar.train.metrics import NonFinite, book
+from jaxpar.train.progress import plain, progress, quiet
+
+USER_DATA = """
+from jaxpar.core.types import Dataset
+import numpy as np
+
+def bad(*, batch, seed):
+    def make(step):
+        inputs, labels = np.full((batch, 8, 8, 1), 0.5, np.float32), np.zeros(batch, np.int32)
+        {change}
+        return inputs, labels
+    return Dataset(make, make, 1, 10, (8, 8, 1), (np.zeros(1), np.zeros(1)), "bad")
+"""
+
+
+@pytest.fixture
+def user_data(tmp_path):
+    """`user_data(code)`: a recipe like TINY whose own dataset runs `code` in each batch."""
+
+    def make(change):
+        path = tmp_path / "data.py"
+        path.write_text(USER_DATA.format(change=change))
+        return replace(TINY, data=Data(f"{path}:bad"))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One run that is written."""
+    return fit(TINY, name="first", runs_dir=str(tmp_path_factory.mktemp("runs")), report=quiet())
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_fit_returns_what_was_learned(run):
+    assert len(run.losses) == TINY.steps and int(run.state.step) == TINY.steps
+    assert [step for step, _ in run.held_out] == [5, 10]
+    assert run.losses[0] == pytest.approx(math.log(10), abs=0.1), "a fresh classifier knows nothing"
+    assert fit(TINY, name="first", runs_dir=str(run.folder.parent), report=quiet())[1] == run.losses
+
+
+def test_a_run_without_a_name_writes_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    again = fit(TINY, report=quiet())
+    assert again.folder is None and not list(tmp_path.iterdir())
+    assert again.losses == run.losses and again.held_out == run.held_out, "writing must not change what is learned"
+
+
+def test_the_folder_of_a_run(run):
+    assert sorted(path.name for path in run.folder.iterdir()) == sorted(
+        ["checkpoints", "metrics.jsonl", "plan.txt", "recipe.json", "summary.json"]
+    )
+    assert Recipe.from_json((run.folder / "recipe.json").read_text()) == TINY
+    assert Plan.parse((run.folder / "plan.txt").read_text()) == TINY.plan
+    assert json.loads((run.folder / "summary.json").read_text()) == run.summary
+
+
+def test_each_step_is_one_line(run):
+    steps = [line for line in lines_of(run) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, TINY.steps + 1))
+    for line in steps:
+        assert {"loss", "grad_norm", "learning_rate", "examples_per_second", "step_ms", "data_ms"} <= set(line)
+    assert [line["step"] for line in steps if "compile_s" in line] == [1]
+    assert steps[1]["learning_rate"] == pytest.approx(TINY.learning_rate), "the warm-up is one step long"
+    assert [line["step"] for line in lines_of(run) if "held_out_loss" in line] == [5, 10]
+
+
+def test_text_is_counted_in_tokens():
+    lines = []
+    compiled = Compiled(None, None, None, np.ones(3), None, 1.5)
+    told = book(lines.append, [], (4, 32), compiled)
+    for number in (1, 2):
+        told.step(number, {"loss": np.float32(1), "grad_norm": np.float32(1)}, 0.0, 0.001)
+        assert len(lines) == number - 1, "a step is written down while the next one runs"
+    told.settle()
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["compile_s"] == 1.5 and lines[1]["tokens_per_second"] > 0
+
+
+def test_a_batch_of_another_shape_is_refused(user_data):
+    recipe = user_data("if step == 3: inputs = inputs[1:]")
+    with pytest.raises(ValueError, match=r"(?s)batch 3.*got .*float32\[7, 8, 8, 1\].*compiled .*float32\[8, 8, 8, 1\]"):
+        fit(recipe, report=quiet())
+
+
+def test_a_loss_that_is_no_number_stops_the_run(user_data, tmp_path):
+    recipe = replace(user_data("if step == 3: inputs[:] = 3e38"), checkpoint_every=2)
+    with pytest.raises(NonFinite, match=r"step 4: .*loss = (nan|inf)") as stopped:
+        fit(recipe, name="bad", runs_dir=str(tmp_path), report=quiet())
+    assert stopped.value.exit_code == 78
+    assert [path.name for path in (tmp_path / "bad" / "checkpoints").iterdir()] == ["2"], "nothing is saved after it"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x, y: (x, y.astype(np.int64)), r"labels int64\[8\].*compiled"),
+        (lambda x, y: (x.astype(np.float64), y), r"inputs float64\[8, 8, 8, 1\].*compiled"),
+        (lambda x, y: (np.where(x == x.max(), np.nan, x).astype(x.dtype), y), "not a finite number"),
+        (lambda x, y: (x, y + 10), r"labels must lie below 10, got \d+ at \(\d+,\)"),
+    ],
+)
+def test_batches_are_checked(change, message):
+    parts, dataset = prepare(TINY)
+    checked(dataset.batch(0), parts, dataset, "batch 0")
+    with pytest.raises(ValueError, match=rf"(?s)batch 0 of digits.*{message}"):
+        checked(change(*dataset.batch(0)), parts, dataset, "batch 0")
+
+
+@pytest.mark.parametrize("wrong", [-1, 256])
+def test_ids_of_text_are_checked(wrong):
+    parts, dataset = prepare(Recipe(model=Model("gpt", layers=1, width=16, context=8), batch=2))
+    ids, labels = dataset.batch(0)
+    ids[1, 3] = wrong
+    with pytest.raises(ValueError, match=rf"batch 0 .*ids must lie in 0 to 255, got {wrong} at \(1, 3\)"):
+        checked((ids, labels), parts, dataset, "batch 0")
+    labels[:] = -1
+    checked((np.zeros_like(ids), labels), parts, dataset, "a label of -1 counts nothing and")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a b", "a\n", "x" * 65, "é"])
+def test_names_that_are_no_folder_are_refused(name, tmp_path):
+    with pytest.raises(Refused, match="name = "):
+        folder.locate(TINY, name, str(tmp_path))
+
+
+def test_another_recipe_is_refused_with_both_values(run):
+    other = replace(TINY, batch=16, seed=3, model=replace(TINY.model, width=32), plan=Plan(data=2), evaluate_every=1)
+    with pytest.raises(Refused) as refused:
+        fit(other, name="first", runs_dir=str(run.folder.parent), report=quiet())
+    told = {problem.field: (problem.value, problem.legal) for problem in refused.value.problems}
+    assert set(told) == {"batch", "seed", "model.width", "name"}, "a plan and evaluations may change"
+    assert told["batch"][0] == 16 and told["batch"][1].startswith("8")
+    assert "--overwrite" in told["name"][1]
+    assert lines_of(run)[0]["step"] == 1, "nothing was deleted"
+
+
+def test_overwrite_deletes_a_run_and_nothing_else(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years")
+    with pytest.raises(Refused, match="not the folder of a run"):
+        fit(TINY, name="mine", runs_dir=str(tmp_path), overwrite=True, report=quiet())
+    link = tmp_path / "link"
+    folder.describe(tmp_path / "run", TINY)
+    link.symlink_to(tmp_path / "run")
+    with pytest.raises(Refused, match="not the folder of a run"):
+        folder.locate(TINY, "link", str(tmp_path), overwrite=True)
+    assert not folder.clear(mine) and not folder.clear(link)
+    assert folder.clear(tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine"] and (mine / "thesis.tex").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused, match="runs_dir = "):
+        folder.describe(tmp_path / "file" / "run", TINY)
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
+    report = progress(200)
+    report.note("compiling the step ...")
+    for step in range(1, 201):
+        report.line({"step": step, "loss": 2.0, "tokens_per_second": 1234.5})
+    report.line({"step": 200, "held_out_loss": 1.5})
+    report.close()
+    told = capsys.readouterr()
+    lines = told.err.splitlines()
+    assert not told.out and 11 <= len(lines) <= 14, "about every tenth of the run"
+    assert lines[0].startswith("compiling") and lines[1].startswith("step 1/200  loss 2.0000 nats  1,23")
+    assert "left" in lines[2] and lines[-1].endswith("held-out loss 1.5000 nats")
+
+
+def test_plain_lines_need_no_first_step(capsys):
+    import sys
+
+    report = plain(1000, sys.stderr)
+    report.line({"step": 417, "loss": 2.0, "tokens_per_second": 1.0})
+    assert "step 417/1000" in capsys.readouterr().err, "a resumed run shows its first step"
+
+
+def test_the_learning_rate_is_that_of_the_optimizer(run):
+    rates = [line["learning_rate"] for line in lines_of(run) if "loss" in line]
+    (count,) = {int(leaf) for leaf in jax.tree.leaves(run.state.opt) if leaf.ndim == 0}
+    assert count == TINY.steps == len(rates) and rates[0] == 0 and rates[1] == max(rates) > rates[-1] > 0

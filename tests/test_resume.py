@@ -1,0 +1,232 @@
+"""A run that was stopped, and one that was moved to other devices, is the same run.
+
+"Bitwise" means equal bits in every leaf: parameters, running statistics, the optimizer's state and the losses.
+"""
+
+import json
+import signal
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from parity import assert_equal
+from tiny import TINY
+
+from jaxpar.core.plan import Plan
+from jaxpar.core.recipe import Data, Model
+from jaxpar.core.refuse import Refused
+from jaxpar.core.types import State
+from jaxpar.plan.padding import unpad
+from jaxpar.step.parts import prepare
+from jaxpar.step.program import program
+from jaxpar.train import checkpoint, folder, store
+from jaxpar.train.fit import fit
+from jaxpar.train.interrupt import Interrupted
+from jaxpar.train.progress import Report, quiet
+
+SPREAD = replace(TINY, plan=Plan.parse("tensor=two_half_d:2x2x2"))
+CONVNET = replace(TINY, model=Model("convnet", layers=1, width=8), plan=Plan.parse("data=2,tensor=two_d:2x2"))
+GPT = replace(
+    TINY,
+    model=Model("gpt", layers=2, width=16, heads=4, context=8, vocab=257),
+    data=Data("stdlib_text"),
+    plan=SPREAD.plan,
+)
+CHAIN = ["tensor=two_half_d:2x2x2", "tensor=three_d:1x4x1", "tensor=one_d:2", "data=1", "tensor=fsdp:8"]
+
+
+def assert_same_bits(got, want):
+    got, want = jax.device_get((got, want))
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        same = one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+        assert same, jax.tree_util.keystr(path)
+
+
+def program_of(recipe, optimizer=None):
+    parts, _ = prepare(recipe)
+    return program(parts._replace(optimizer=optimizer) if optimizer else parts)
+
+
+def made_up(running, step=3):
+    """A State of random bits, with zeros where it is padded, placed as `running` wants it: no step is compiled."""
+    rng = np.random.default_rng(0)
+
+    def one(leaf, padded):
+        bits = np.zeros(padded.shape, padded.dtype)
+        here = tuple(map(slice, leaf.shape))
+        bits[here] = rng.standard_normal(leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else step
+        return jax.device_put(bits, padded.sharding)
+
+    return jax.tree.map(one, running.unpadded, running.shapes)
+
+
+def stop_at(step, number=signal.SIGINT):
+    """A report during which this process gets a signal, once the line of `step` is written."""
+
+    def line(values):
+        if values["step"] == step and "loss" in values:
+            signal.raise_signal(number)
+
+    return quiet()._replace(line=line)
+
+
+def interrupt(recipe, runs_dir, step, name="run"):
+    with pytest.raises(Interrupted) as stopped:
+        fit(recipe, name=name, runs_dir=str(runs_dir), report=stop_at(step))
+    assert stopped.value.exit_code == 77
+
+
+def masked():
+    """An optimizer whose state has empty nodes, masked leaves and scalars."""
+    matrices = optax.masked(optax.adamw(1e-3), lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params))
+    return optax.chain(optax.clip_by_global_norm(1.0), matrices, optax.scale_by_schedule(lambda step: 0.5))
+
+
+@pytest.mark.parametrize("optimizer", [None, masked()], ids=["adamw", "masked"])
+def test_a_state_moves_to_other_devices_and_schemes(optimizer, tmp_path):
+    before, want = None, None
+    for plan in CHAIN:
+        running = program_of(replace(GPT, plan=Plan.parse(plan)), optimizer)
+        if before is None:
+            state = made_up(running)
+            want = unpad(jax.device_get(state), running.unpadded)
+        else:
+            state = checkpoint.restore(tmp_path / before, running, 3)
+        assert_same_bits(unpad(jax.device_get(state), running.unpadded), want)
+        assert [leaf.sharding for leaf in jax.tree.leaves(state)] == [
+            s.sharding for s in jax.tree.leaves(running.shapes)
+        ]
+        before = plan.replace(":", "-")
+        assert checkpoint.save(tmp_path / before, running, state, {}) == 3
+
+
+def test_padding_is_not_on_disk(tmp_path):
+    running = program_of(GPT)
+    padded = [
+        (leaf.shape, full.shape)
+        for leaf, full in zip(jax.tree.leaves(running.unpadded), jax.tree.leaves(running.shapes), strict=True)
+        if leaf.shape != full.shape
+    ]
+    assert padded and all(257 in there and 257 not in full for there, full in padded)
+    checkpoint.save(tmp_path, running, made_up(running), {})
+    shapes = [tuple(leaf.shape) for leaf in checkpoint.described(tmp_path, 3).values()]
+    assert sorted(shapes) == sorted(leaf.shape for leaf in jax.tree.leaves(running.unpadded))
+
+
+@pytest.mark.parametrize("recipe", [SPREAD, CONVNET], ids=["dropout", "batch_norm"])
+def test_stop_and_resume_is_no_stop_bitwise(recipe, tmp_path):
+    whole = fit(recipe, report=quiet())
+    interrupt(recipe, tmp_path, 6)  # its line is written while step 7 runs, so that one is finished too
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [4, 7]
+    resumed = fit(recipe, name="run", runs_dir=str(tmp_path), report=quiet())
+    assert_same_bits(resumed.state, whole.state)
+    assert resumed.losses == whole.losses and resumed.held_out == whole.held_out
+
+
+def test_a_run_goes_on_under_another_plan(tmp_path):
+    whole = fit(TINY, report=quiet())
+    interrupt(TINY, tmp_path, 3)
+    moved = fit(SPREAD, name="run", runs_dir=str(tmp_path), report=quiet())
+    assert moved.losses[:4] == whole.losses[:4]
+    assert_equal(moved.losses, whole.losses, tolerance=1e-5)
+    assert (moved.folder / "plan.txt").read_text() == f"{SPREAD.plan}\n"
+
+
+def test_lines_after_the_checkpoint_are_cut(tmp_path):
+    interrupt(TINY, tmp_path, 4)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as lines:  # as kill -9 leaves it
+        lines.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
+    run = fit(TINY, name="run", runs_dir=str(tmp_path), report=quiet())
+    steps = [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10], "each step once, and two evaluations"
+    assert len(run.losses) == 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_handlers_are_put_back(number, tmp_path):
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="step 3 of 10"):
+        fit(TINY, name="run", runs_dir=str(tmp_path), report=stop_at(2, number))
+    assert signal.getsignal(number) is before
+
+
+def test_the_second_ctrl_c_stops_at_once(tmp_path):
+    def twice(values):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(TINY, name="run", runs_dir=str(tmp_path), report=quiet()._replace(line=twice))
+    assert not checkpoint.steps(tmp_path / "run" / "checkpoints")
+
+
+def test_a_run_without_a_name_leaves_ctrl_c_alone():
+    seen = []
+    report = Report(lambda text: None, lambda values: seen.append(signal.getsignal(signal.SIGINT)), lambda: None)
+    fit(TINY, report=report)
+    assert set(seen) == {signal.getsignal(signal.SIGINT)}
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    running = program_of(TINY)
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, running, made_up(running, step), {})
+    assert checkpoint.steps(tmp_path) == [3, 4, 5]
+    assert int(checkpoint.restore(tmp_path, running, 4).step) == 4
+
+
+def test_another_model_is_refused_by_leaf(tmp_path):
+    checkpoint.save(tmp_path, (running := program_of(TINY)), made_up(running), {})
+    wider = program_of(replace(TINY, model=Model("mlp", layers=2, width=32)))
+    with pytest.raises(Refused, match=r"params/stem/weight = float32\[64, 16\].*float32\[64, 32\]"):
+        checkpoint.restore(tmp_path, wider, 3)
+    with pytest.raises(Refused, match=r"opt/\S+ = .*needs nothing"):
+        checkpoint.restore(tmp_path, program_of(TINY, optax.sgd(0.1)), 3)
+
+
+def test_another_dtype_is_refused_not_cast(tmp_path):
+    checkpoint.save(tmp_path, (running := program_of(TINY)), made_up(running), {})
+    half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), running.unpadded)
+    with pytest.raises(Refused, match=r"float32\[64, 16\].*bfloat16\[64, 16\]"):
+        checkpoint.restore(tmp_path, running._replace(unpadded=half), 3)
+
+
+def test_a_damaged_or_newer_checkpoint_is_refused(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, (running := program_of(TINY)), made_up(running), {"note": 1})
+    assert checkpoint.about(tmp_path, 3)["note"] == 1
+    monkeypatch.setattr(checkpoint, "FORMAT", 0)
+    with pytest.raises(Refused, match="format 1"):
+        checkpoint.about(tmp_path, 3)
+    for path in (tmp_path / "3" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(Refused, match=r"checkpoint = .*3: cannot be read"):
+        checkpoint.restore(tmp_path, running, 3)
+
+
+def test_a_failed_save_is_an_error(tmp_path):
+    running = program_of(TINY)
+    state = made_up(running)
+    checkpoint.save(tmp_path, running, state, {})
+    with pytest.raises(RuntimeError, match="no checkpoint of step 3"):
+        checkpoint.save(tmp_path, running, state, {})
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeError, match="step 3 could not be written"):
+        checkpoint.save(tmp_path / "file", running, state, {})
+
+
+def test_a_run_whose_data_changed_is_refused(tmp_path):
+    parts, dataset = prepare(TINY)
+    running = program(parts)
+    disk = store.on_disk(tmp_path, TINY, running, dataset, overwrite=False)
+    folder.describe(tmp_path, TINY)
+    disk.save(made_up(running))
+    state, lines = disk.load(lambda text: None)
+    assert isinstance(state, State) and not lines
+    other = dataset._replace(batch=lambda step: dataset.batch(step + 1), source="digits of another day")
+    with pytest.raises(Refused, match="digits of another day"):
+        store.on_disk(tmp_path, TINY, running, other, overwrite=False).load(lambda text: None)
