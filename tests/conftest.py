@@ -13,7 +13,7 @@ def _xla_flags(flags: str) -> str:
     ours = {
         "--xla_force_host_platform_device_count": 8,
         "--xla_cpu_collective_call_terminate_timeout_seconds": 600,  # a busy machine is slow, not deadlocked
-        "--xla_backend_optimization_level": 0,  # LLVM's only: the program is the same, and compiles in a third of the time
+        "--xla_backend_optimization_level": 0,  # of LLVM only: the same program, compiled in a third of the time
     }
     return " ".join([flags, *(f"{flag}={value}" for flag, value in ours.items() if flag not in flags)]).strip()
 

@@ -1,6 +1,7 @@
 """Runs the real step on small models, once per plan, and remembers the one-device reference."""
 
 import functools
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ SMALL = {
     "gpt": Model("gpt", layers=2, width=32, heads=8, hidden=64, context=CONTEXT),
     "gru": Model("gru", layers=2, width=16, hidden=32, context=CONTEXT),
     "mlp": Model("mlp", layers=2, width=32, hidden=64),
-    "convnet": Model("convnet", layers=2, width=16, hidden=32),
+    # smooth: rounding may move a ReLU's input across 0, which changes its gradient at once
+    "convnet": Model("convnet", layers=2, width=16, hidden=32, activation="gelu_tanh"),
 }
 
 
@@ -73,11 +75,17 @@ def built(recipe: Recipe) -> tuple[Parts, Program]:
 
 @functools.cache
 def start(model: Model):
-    """Unpadded parameters and extra on the host: the initial ones and some noise, so that no bias is 0 and no gain 1."""
-    parts, _ = built(recipe_of(model, "data=1"))
+    """Unpadded parameters and extra on the host: noise, about 1 for gains and variances, so that nothing drops out."""
+    _, made = built(recipe_of(model, "data=1"))
     rng = np.random.default_rng(7)
-    params, extra = jax.tree.map(np.asarray, jax.jit(parts.model.init)(jax.random.key(0)))
-    return jax.tree.map(lambda leaf: leaf + 0.02 * rng.normal(size=leaf.shape).astype(np.float32), params), extra
+
+    def drawn(path, leaf):
+        name = path[-1].key
+        around = 1 if name in ("gain", "variance") else 0
+        deviation = (2 / math.prod(leaf.shape[-4:-1])) ** 0.5 if name == "kernel" else 0.05
+        return (around + deviation * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return tuple(jax.tree_util.tree_map_with_path(drawn, tree) for tree in (made.unpadded.params, made.unpadded.extra))
 
 
 def placed(recipe: Recipe, parts: Parts, made: Program):

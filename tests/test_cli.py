@@ -26,10 +26,10 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--model.name", "mlp", "--model.layers", "1", "--model.width", "16", "--data.name", "digits", "--batch", "8"]
 
 
-def python(*words, **options):
-    """A fresh Python that has jaxpar."""
-    env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "NO_COLOR": "1"}
-    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=300, **options)
+def python(*words, env=None):
+    """A fresh Python that has jaxpar, and `env` over the environment of the tests."""
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src")} | (env or {})
+    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=300)
 
 
 def refused(argv, capsys):
@@ -61,7 +61,7 @@ def test_jax_is_not_imported_before_it_is_needed(code):
 
 def test_every_public_name_is_there():
     values = {name: getattr(jaxpar, name) for name in jaxpar.__all__}
-    assert {name for name, value in values.items() if isinstance(value, ModuleType)} == {"family", "pictures"}
+    assert {name for name, value in values.items() if isinstance(value, ModuleType)} == {"family"}
     assert set(jaxpar.__all__) <= set(dir(jaxpar))
     with pytest.raises(AttributeError, match=r"'fitt'.* fit,"):
         _ = jaxpar.fitt
@@ -129,6 +129,12 @@ def test_a_fresh_process_says_it_once():
     assert found.returncode == 2 and not found.stdout
     assert found.stderr.count("problems, nothing was started") == 1 and "Traceback" not in found.stderr
     assert "warmup = 500" in found.stderr and "model.width = 16: must split into" in found.stderr
+
+
+def test_jax_that_has_too_few_devices_says_what_to_do():
+    code = "import jax; jax.devices(); from jaxpar import Recipe, Plan, fit; fit(Recipe(plan=Plan(data=2)))"
+    found = python("-c", code, env={"XLA_FLAGS": ""})
+    assert "needs 2 devices, but jax has already made 1" in found.stderr and "restart Python" in found.stderr
 
 
 def test_unknown_commands_and_families(capsys):

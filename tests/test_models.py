@@ -48,7 +48,7 @@ def drawn(model, seed=0):
 
 
 def nanogpt(prefix):
-    """The arrays `prefix`/* as the tree of models/gpt.py: blocks stacked, linears (in, out), queries to values apart."""
+    """The arrays `prefix`/* as the tree of models/gpt.py: blocks stacked, linears (in, out)."""
     arrays, width, layers = golden.load("gpt2_nanogpt_bias1"), 32, 2
 
     def read(name):
@@ -136,7 +136,7 @@ def test_two_recurrent_layers_give_the_states_and_gradients_of_torch():
     def named(kind):
         """torch holds the gates of a matrix in one, (3 out, in)."""
         tree = {"first": {}, "second": {}}
-        for (layer, params), number in zip(tree.items(), (0, 1), strict=True):
+        for number, params in enumerate(tree.values()):
             for side, short in (("in", "ih"), ("hidden", "hh")):
                 pair = [np.split(arrays[f"gru/{kind}/{part}_{short}_l{number}"], 3) for part in ("weight", "bias")]
                 for gate, weight, bias in zip(GATES, *pair, strict=True):
@@ -218,7 +218,9 @@ def dropped_found(plan):
     "plan", ["unroll=true", pytest.param("data=2,microbatches=2,tensor=one_d:4", id="more shards than kv heads")]
 )
 def test_neither_scan_nor_microbatches_nor_shards_change_what_dropout_drops(plan):
-    assert_equal(dropped_found(plan), dropped_found("data=1"), tolerance=1e-6)
+    (loss, gradients), (want_loss, want_gradients) = dropped_found(plan), dropped_found("data=1")
+    assert_equal(loss, want_loss, tolerance=1e-6)
+    assert_equal(gradients, want_gradients, tolerance=5e-6)
 
 
 @lru_cache
@@ -262,5 +264,5 @@ def test_more_positions_than_the_context_are_refused():
 
 @pytest.mark.parametrize("name", models_with("activation"))
 def test_an_unknown_activation_is_answered_with_the_likeliest(name):
-    with pytest.raises(ValueError, match=r"model\.activation = gellu: did you mean `gelu`\?"):
+    with pytest.raises(ValueError, match=r"model\.activation = gellu: .*did you mean `gelu`\?"):
         small(name, activation="gellu")

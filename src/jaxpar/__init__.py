@@ -32,9 +32,6 @@ _PUBLIC = {
     "Interrupted": "train.interrupt",
     "NonFinite": "train.metrics",
     "quiet": "train.progress",
-    "sample": "train.sample",
-    "table": "report.bill",
-    "pictures": "report.pictures",
     "runner": "cli",
 }
 __all__ = sorted(_PUBLIC)
@@ -44,7 +41,7 @@ def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"jaxpar has no {name!r}; it has {', '.join(__all__)}")
     home = importlib.import_module(f"jaxpar.{_PUBLIC[name]}")
-    return getattr(home, name, home)  # `family` and `pictures` are the modules themselves
+    return getattr(home, name, home)  # `family` is the module itself
 
 
 def __dir__() -> list[str]:

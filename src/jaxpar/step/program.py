@@ -1,5 +1,6 @@
 """From a recipe to compiled functions: the state at birth, one update, one evaluation."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from jaxpar.core.types import State
 from jaxpar.plan import mesh as meshes
 from jaxpar.plan import padding
 from jaxpar.plan.layout import rows
-from jaxpar.step.gradients import evaluate, gradients
+from jaxpar.step.gradients import Found, evaluate, gradients
 from jaxpar.step.parts import Parts
 
 
@@ -93,13 +94,15 @@ def program(parts: Parts) -> Program:
         place=partial(_place, parts.microbatches, meshes.shardings(mesh, batch_specs)),
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)),
         evaluate=jax.jit(measured),
-        gradients=jax.jit(lambda state, batch: found(state.params, state.extra, state.comm, batch, state.step)),
+        gradients=jax.jit(lambda state, batch: Found(*found(state.params, state.extra, state.comm, batch, state.step))),
     )
 
 
 def _once(mesh: Mesh) -> dict | None:
     """How to compile what runs once: random draws for each parameter take half the time to compile, with equal bits."""
-    return {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
+    chosen = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_backend_optimization_level": 1} if on_cpu and not chosen else None
 
 
 def _struct(leaf, sharding):

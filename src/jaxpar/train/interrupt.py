@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -33,7 +33,8 @@ def stoppable(note: Callable[[str], None], wanted: bool) -> Iterator[Callable[[]
         seen.append(number)
         if len(seen) > 1:
             raise KeyboardInterrupt
-        note(f"{signal.Signals(number).name}: finishing the step and saving; once more to stop at once")
+        with suppress(RuntimeError):  # it may have come in the middle of a line that is being printed
+            note(f"{signal.Signals(number).name}: finishing the step and saving; once more to stop at once")
 
     if not (wanted and threading.current_thread() is threading.main_thread()):
         yield lambda: False

@@ -47,52 +47,58 @@ def progress(steps: int, stream: TextIO | None = None) -> Report:
 
 def plain(steps: int, stream: TextIO) -> Report:
     """Lines of text: the first step, about `LINES` more, and every evaluation."""
-    left, every = _clock(steps), max(1, steps // LINES)
+    left, told, every = _clock(steps), _teller(), max(1, steps // LINES)
     first = []
 
     def note(text: str) -> None:
         print(text, file=stream, flush=True)
 
     def line(values: dict) -> None:
-        remaining, step = left(values["step"]), values["step"]
+        remaining, words, step = left(values["step"]), told(values), values["step"]
         if "held_out_loss" in values or step % every == 0 or step == steps or not first:
             first.append(step)
             more = f"  {remaining} left" if remaining and step < steps and "loss" in values else ""
-            note(f"step {step}/{steps}  {_told(values)}{more}")
+            note(f"step {step}/{steps}  {words}{more}")
 
     return Report(note, line, lambda: None)
 
 
 def bar(steps: int, stream: TextIO) -> Report:
     """One line that is drawn again and again, and notes above it."""
-    left = _clock(steps)
+    left, told = _clock(steps), _teller()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}")
     display = Progress(*columns, console=Console(file=stream), refresh_per_second=8)
     task = display.add_task("step", total=steps, told="")
     display.start()
 
     def note(text: str) -> None:
-        display.console.print(text, markup=False, highlight=False)
+        display.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def line(values: dict) -> None:
+        remaining, words = left(values["step"]), told(values)
         if "held_out_loss" in values:
-            note(f"step {values['step']}/{steps}  {_told(values)}")
+            note(f"step {values['step']}/{steps}  {words}")
         else:
-            remaining = left(values["step"])
-            told = f"{_told(values)}  {remaining} left" if remaining else _told(values)
-            display.update(task, completed=values["step"], told=told)
+            display.update(task, completed=values["step"], told=f"{words}  {remaining} left" if remaining else words)
 
     return Report(note, line, display.stop)
 
 
-def _told(values: dict) -> str:
-    if "held_out_loss" in values:
-        return f"held-out loss {values['held_out_loss']:.4f} nats"
-    rates = [f"{values[name]:,.0f} {unit}/s" for name, unit in _RATES.items() if name in values]
-    return "  ".join([f"loss {values['loss']:.4f} nats", *rates])
+def _teller() -> Callable[[dict], str]:
+    """`told(values)`: a line in words; its speed is the mean over about the last ten steps, since single ones jump."""
+    seconds = {}  # per token or example
 
+    def told(values: dict) -> str:
+        if "held_out_loss" in values:
+            return f"held-out loss {values['held_out_loss']:.4f} nats"
+        words = [f"loss {values['loss']:.4f} nats"]
+        for unit in ("tokens", "examples"):
+            if rate := values.get(f"{unit}_per_second"):
+                seconds[unit] = 0.9 * seconds.get(unit, 1 / rate) + 0.1 / rate
+                words.append(f"{1 / seconds[unit]:,.0f} {unit}/s")
+        return "  ".join(words)
 
-_RATES = {"tokens_per_second": "tokens", "examples_per_second": "examples"}
+    return told
 
 
 def _clock(steps: int) -> Callable[[int], str]:
