@@ -62,7 +62,7 @@ def batch_of(recipe: Recipe, step: int = 0):
         inputs, labels = tokens[:, :-1], tokens[:, 1:].copy()
         labels[0, 0] = -1
         return inputs, labels
-    images, labels = rng.normal(size=(recipe.batch, 8, 8, 1)), rng.integers(0, 10, recipe.batch)
+    images, labels = rng.normal(size=(recipe.batch, 4, 4, 1)), rng.integers(0, 10, recipe.batch)
     return images.astype(np.float32), labels.astype(np.int32)
 
 
@@ -82,7 +82,7 @@ def start(model: Model):
     def drawn(path, leaf):
         name = path[-1].key
         around = 1 if name in ("gain", "variance") else 0
-        deviation = (2 / math.prod(leaf.shape[-4:-1])) ** 0.5 if name == "kernel" else 0.05
+        deviation = (2 / math.prod(leaf.shape[-4:-1])) ** 0.5 if name == "kernel" else 0.03
         return (around + deviation * rng.normal(size=leaf.shape)).astype(np.float32)
 
     return tuple(jax.tree_util.tree_map_with_path(drawn, tree) for tree in (made.unpadded.params, made.unpadded.extra))

@@ -93,8 +93,8 @@ def test_mlp_is_the_same_under_every_layout(plan):
     ],
 )
 def test_other_meshes_and_odd_sizes(plan):
-    batch, heads = {"two_d:3x2": (12, 8), "data=7": (14, 8)}.get(plan.removeprefix("tensor="), (16, 8))
-    heads = {"tensor=three_d:1x3x2": 6, "tensor=one_d:5": 5}.get(plan, heads)
+    batch = {"tensor=two_d:3x2": 12, "tensor=three_d:1x3x2": 12, "data=7": 14}.get(plan, 16)
+    heads = {"tensor=three_d:1x3x2": 6, "tensor=one_d:5": 5}.get(plan, 8)
     model = variant(SMALL["gpt"], heads=heads, width=heads * 6, hidden=60)
     check_batch(model, plan, batch)
 
@@ -140,6 +140,6 @@ def test_fifty_steps_give_the_same_losses_on_every_mesh(name, mesh):
 def same_losses(model, mesh):
     """Loss curves and the running state at their end."""
     (want, want_extra), (got, extra) = reference_losses(model, LONG), losses(recipe_of(model, mesh), LONG)
-    assert want[-1] < 0.9 * want[0]  # something was learned, so the updates count
+    assert want[-1] < 0.95 * want[0]  # something was learned, so the updates count
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert_equal(extra, want_extra, tolerance=1e-4)

@@ -171,7 +171,9 @@ def no_devices(monkeypatch):
 
 def test_every_problem_is_told_at_once(no_devices):
     recipe = gpt("data=2,tensor=three_d:2x2x2,microbatches=3,zero=1,remat=block", 7, width=18, kv_heads=3, hidden=9)
-    recipe = replace(recipe, steps=10, warmup=20, seed=-1, learning_rate=0.0, weight_decay=float("nan"), optimizer="adam")
+    recipe = replace(
+        recipe, steps=10, warmup=20, seed=-1, learning_rate=0.0, weight_decay=float("nan"), optimizer="adam"
+    )
     recipe = replace(recipe, model=replace(recipe.model, dropout=1.5))
     told = ["batch", "seed", "warmup", "weight_decay", "learning_rate", "optimizer", "plan.zero", "plan.remat"]
     told += ["model.width", "model.kv_heads", "model.hidden", "model.dropout"]
