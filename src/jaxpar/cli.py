@@ -5,6 +5,7 @@ Nothing here imports jax before the flags are read, so that `--help` and a missp
 
 import ast
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +117,9 @@ def exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped at once; nothing was saved since the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read stdout has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except Exception as error:
         code = getattr(error, "exit_code", 2 if _is_bad_input(error) else None)
         if code is None:
