@@ -24,7 +24,7 @@ class Settings(NamedTuple):
         train: training or evaluation.
         key: random key of this step and layer; None if nothing is drawn.
         first_example: global index of the first example of this microbatch.
-        scan_blocks: run a stack as one scan, rather than unrolled.
+        unroll: run the blocks of a stack one by one (True), in one scan (False), or as is faster (None).
         regather: inside that scan, gather again in the backward pass.
     """
 
@@ -34,7 +34,7 @@ class Settings(NamedTuple):
     train: bool = True
     key: Any = None
     first_example: Any = 0
-    scan_blocks: bool = True
+    unroll: bool | None = None
     regather: bool = True
 
 

@@ -80,7 +80,7 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
         placement=placement,
         policy=family.pick("policies", plan.precision)(),
         wire=device_wire(),
-        scan_blocks=plan.unroll != "true",
+        unroll={"true": True, "false": False, "auto": None}[plan.unroll],
         regather=plan.regather,
     )
     reducer = family.pick("reducers", plan.reducer)()
