@@ -21,7 +21,14 @@ def needed(plan: Plan) -> int:
 
 
 def simulate(count: int) -> None:
-    """Ask jax for `count` CPU devices, simulated by threads; does nothing once jax has made its devices."""
+    """Ask jax for `count` CPU devices, simulated by threads; does nothing once jax has made its devices.
+
+    Each device holds a thread while it waits for others in a collective. XLA makes as many threads as cores or devices;
+    on a busy machine with few cores, one more task that holds a thread then left the last device without one, and the
+    step stood still (seen twice in five runs beside another job). So XLA is told of two cores per device.
+    """
+    if count > 1:
+        os.environ.setdefault("NPROC", str(2 * count))
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     try:
