@@ -1,4 +1,4 @@
-"""What every member of the smaller families must do: a new file is picked up here, and trains alike under any layout."""
+"""What every member of the smaller families must do: a new file is picked up here, and trains alike on any mesh."""
 
 import numpy as np
 import pytest

@@ -2,11 +2,9 @@
 
 from typing import NamedTuple
 
-KINDS = ("all_gather", "reduce_scatter", "all_reduce", "permute", "all_to_all")
-
 
 class Cost(NamedTuple):
-    """A bill for one device and one step; bills add up with `plus`.
+    """A bill for one device and one step.
 
     Attributes:
         sent: bytes sent, by (mesh axes joined by "+", kind of collective), with ring algorithms (`wire_bytes`).
@@ -26,18 +24,11 @@ class Cost(NamedTuple):
         return sum(self.sent.values())
 
 
-def plus(first: Cost, second: Cost) -> Cost:
-    """The bill for doing one after the other; `idle` is the larger of the two, which is exact when either is 0."""
-    keys = {**first.sent, **second.sent}
-    sent = {key: first.sent.get(key, 0.0) + second.sent.get(key, 0.0) for key in keys}
-    return Cost(sent, first.flops + second.flops, first.held + second.held, max(first.idle, second.idle))
-
-
 def wire_bytes(kind: str, operand: float, group: int) -> float:
     """Bytes that a device sends in one collective over `group` devices, with ring algorithms.
 
     Args:
-        kind: one of `KINDS`.
+        kind: `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all` or `permute`.
         operand: bytes of what this device puts in: the shard of an all-gather, the whole of a reduce-scatter.
         group: number of devices that take part.
     """

@@ -116,19 +116,18 @@ class Ledger(NamedTuple):
     repeated: Callable
 
 
-def ledger(sizes: Mapping[str, int], train: bool = True) -> Ledger:
+def ledger(sizes: Mapping[str, int]) -> Ledger:
     """A wire for `jax.eval_shape`: shapes as on a device, nothing computed, forward and backward bytes written down.
 
     Args:
         sizes: mesh axes and their sizes, major first.
-        train: whether gradients are taken; if not, only forward lines are written.
     """
     lines: list[Line] = []
     times, regathered = [1], [False]
 
     def entry(site, phase, kind, a, axes, fixed=False):
-        back = phase != "forward" and not (train and jnp.issubdtype(a.dtype, jnp.floating))
-        if back or not axes or (phase == "regather" and not regathered[-1]):
+        without = phase != "forward" and not jnp.issubdtype(a.dtype, jnp.floating)  # ids have no gradient
+        if without or not axes or (phase == "regather" and not regathered[-1]):
             return
         axes = tuple(axis for axis in sizes if axis in axes)
         group = math.prod(sizes[axis] for axis in axes)
