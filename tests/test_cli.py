@@ -18,9 +18,8 @@ from jaxpar.core.plan import Plan
 from jaxpar.core.recipe import Model, Recipe
 from jaxpar.train import cache
 from jaxpar.train.fit import fit
-from jaxpar.train.interrupt import Interrupted
-from jaxpar.train.metrics import NonFinite
 from jaxpar.train.progress import quiet
+from jaxpar.train.stop import Interrupted, NonFinite
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model.name", "mlp", "--model.layers", "1", "--model.width", "16", "--data.name", "digits", "--batch", "8"]

@@ -14,11 +14,12 @@ from jaxpar.core.recipe import Data, Model, Recipe
 from jaxpar.core.refuse import Refused
 from jaxpar.step.parts import prepare
 from jaxpar.train import folder
-from jaxpar.train.ahead import Compiled
+from jaxpar.train.ahead import Compiled, speed_of
 from jaxpar.train.feed import checked
 from jaxpar.train.fit import fit
-from jaxpar.train.metrics import NonFinite, book
+from jaxpar.train.metrics import book
 from jaxpar.train.progress import plain, progress, quiet
+from jaxpar.train.stop import NonFinite
 
 USER_DATA = """
 from jaxpar.core.types import Dataset
@@ -88,16 +89,28 @@ def test_each_step_is_one_line(run):
     assert [line["step"] for line in lines_of(run) if "held_out_loss" in line] == [5, 10]
 
 
+def compiled(labels=(4, 32), **fields):
+    """What `book` needs of a compiled run."""
+    nothing = dict.fromkeys(Compiled._fields) | {"rates": np.ones(9), "seconds": 1.5}
+    return Compiled(**nothing | {"speed": speed_of(labels, 1e9, 1e12)} | fields)
+
+
+def found(loss=1.0, skipped=False):
+    return {"loss": np.float32(loss), "grad_norm": np.float32(1), "skipped": np.bool_(skipped)}
+
+
 def test_text_is_counted_in_tokens():
     lines = []
-    compiled = Compiled(None, None, None, np.ones(3), None, 1.5)
-    told = book(lines.append, [], (4, 32), compiled)
+    told = book(lines.append, [], TINY, compiled())
     for number in (1, 2):
-        told.step(number, {"loss": np.float32(1), "grad_norm": np.float32(1)}, 0.0, 0.001)
+        told.step(number, found(), 0.0, 0.001)
         assert len(lines) == number - 1, "a step is written down while the next one runs"
     told.settle()
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["compile_s"] == 1.5 and lines[1]["tokens_per_second"] > 0
+    seconds = lines[1]["step_ms"] / 1e3
+    assert lines[1]["mfu"] == pytest.approx(1e9 / seconds / 1e12, rel=0.01), "model flops, over time, over the peak"
+    assert "mfu" not in speed_of((4,), 1e9, None)(1.0), "without a stated peak there is no MFU"
 
 
 def test_a_batch_of_another_shape_is_refused(user_data):
@@ -106,12 +119,35 @@ def test_a_batch_of_another_shape_is_refused(user_data):
         fit(recipe, report=quiet())
 
 
-def test_a_loss_that_is_no_number_stops_the_run(user_data, tmp_path):
-    recipe = replace(user_data("if step == 3: inputs[:] = 3e38"), checkpoint_every=2)
-    with pytest.raises(NonFinite, match=r"step 4: .*loss = (nan|inf)") as stopped:
+def test_one_bad_batch_changes_nothing(user_data, tmp_path):
+    recipe = replace(user_data("inputs[:] = 0.1 * step; inputs[:] = 3e38 if step == 3 else inputs"), evaluate_every=0)
+    run = fit(recipe, name="bad", runs_dir=str(tmp_path), report=quiet())
+    bad = [line for line in lines_of(run) if "skipped" in line]
+    assert [(line["step"], line["loss"], line["skipped"]) for line in bad] == [(4, None, 1)]
+    assert [step for step, loss in enumerate(run.losses, 1) if not math.isfinite(loss)] == [4]
+    assert run.summary["skipped"] == 1 and run.summary["loss"] == run.losses[-1]
+    counts = {int(leaf) for leaf in jax.tree.leaves(run.state.opt) if leaf.ndim == 0}
+    assert counts == {recipe.steps - 1} and int(run.state.step) == recipe.steps, "the schedule stood still, data did not"
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(run.state)))
+
+
+def test_losses_that_are_no_numbers_stop_the_run(user_data, tmp_path):
+    recipe = replace(user_data("if step >= 3: inputs[:] = 3e38"), checkpoint_every=2, skip_limit=3)
+    with pytest.raises(NonFinite, match=r"step 6: .*loss = (nan|inf).*update 3 in a row") as stopped:
         fit(recipe, name="bad", runs_dir=str(tmp_path), report=quiet())
     assert stopped.value.exit_code == 78
-    assert [path.name for path in (tmp_path / "bad" / "checkpoints").iterdir()] == ["2"], "nothing is saved after it"
+    assert sorted(path.name for path in (tmp_path / "bad" / "checkpoints").iterdir()) == ["2", "4"]
+    with pytest.raises(NonFinite, match="step 6: "):  # skips before the checkpoint of step 4 count on
+        fit(recipe, name="bad", runs_dir=str(tmp_path), report=quiet())
+
+
+def test_what_was_done_before_an_error_is_saved(user_data, tmp_path):
+    recipe = replace(user_data("if step == 7: inputs = inputs[1:]"), checkpoint_every=5)
+    notes = []
+    with pytest.raises(ValueError, match="batch 7"):
+        fit(recipe, name="bad", runs_dir=str(tmp_path), report=quiet()._replace(note=notes.append))
+    assert notes[-1] == "the 7 steps before this error are saved"
+    assert sorted(path.name for path in (tmp_path / "bad" / "checkpoints").iterdir()) == ["5", "7"]
 
 
 @pytest.mark.parametrize(

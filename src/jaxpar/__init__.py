@@ -29,8 +29,9 @@ _PUBLIC = {
     "sample": "train.sample",
     "table": "report.bill",
     "losses_picture": "report.pictures",
-    "Interrupted": "train.interrupt",
-    "NonFinite": "train.metrics",
+    "Interrupted": "train.stop",
+    "NonFinite": "train.stop",
+    "NotSaved": "train.stop",
     "quiet": "train.progress",
     "runner": "cli",
 }

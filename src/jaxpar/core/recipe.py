@@ -73,6 +73,8 @@ class Recipe:
         evaluate_every: steps between evaluations on held-out data; 0 for the end only.
         evaluate_batches: held-out batches per evaluation, at most.
         checkpoint_every: steps between checkpoints; 0 for the end only.
+        skip_limit: updates skipped in a row, since loss or gradients were no numbers, after which the run stops.
+        peak_tflops: 1e12 flops per second of one device that MFU is reckoned against; by default the chip's, if known.
     """
 
     model: Model = field(default_factory=Model)
@@ -89,6 +91,8 @@ class Recipe:
     evaluate_every: int = 100
     evaluate_batches: int = 8
     checkpoint_every: int = 100
+    skip_limit: int = 5
+    peak_tflops: float | None = None
 
     def to_json(self) -> str:
         """All fields as JSON, the plan as its string; `Recipe.from_json` reads it back."""

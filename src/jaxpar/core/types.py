@@ -68,7 +68,7 @@ class State(NamedTuple):
     """Everything that a checkpoint holds, and nothing else.
 
     Attributes:
-        step: int32 scalar, updates done.
+        step: int32 scalar, updates done, those included that were skipped since they were no numbers.
         params: trained leaves, global arrays.
         extra: the model's state without gradient, such as running statistics.
         opt: the optimizer's state.

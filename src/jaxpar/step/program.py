@@ -29,7 +29,8 @@ class Program(NamedTuple):
         init: `init() -> State`, each leaf made on the devices where it lives.
         batch: shapes and shardings of the (inputs, labels) that `step` takes, `[microbatches, examples, ...]`.
         place: `place((inputs, labels)) -> batch` on the devices, `[microbatches, examples, ...]`.
-        step: jitted `step(state, batch) -> (state, metrics)`; the state is donated.
+        step: jitted `step(state, batch) -> (state, metrics)`; the state is donated. If the loss or a gradient is no
+            number, nothing but the count of steps changes, and `metrics["skipped"]` says so.
         evaluate: jitted `evaluate(params, extra, batch) -> (nats, labels)`.
         gradients: jitted `gradients(state, batch) -> Found`: the part inside shard_map, for tests and the bill.
     """
@@ -75,8 +76,10 @@ def program(parts: Parts) -> Program:
         loss, grads, extra, comm = found(state.params, state.extra, state.comm, batch, state.step)
         updates, opt = parts.optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
-        return State(state.step + 1, params, extra, opt, comm), metrics
+        norm = optax.global_norm(grads)
+        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new = jax.tree.map(lambda new, old: jnp.where(fine, new, old), (params, extra, opt, comm), state[1:])
+        return State(state.step + 1, *new), {"loss": loss, "grad_norm": norm, "skipped": ~fine}
 
     measured = jax.shard_map(
         partial(evaluate, model, parts.settings),

@@ -1,5 +1,6 @@
 """The functions of the loop, compiled once, ahead of time."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import numpy as np
 
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.types import Dataset, State
+from jaxpar.report import chips, flops
 from jaxpar.report.bill import Bill, bill
 from jaxpar.step.parts import Parts, learning_rate
 from jaxpar.step.program import Program
@@ -21,16 +23,25 @@ class Compiled(NamedTuple):
     Attributes:
         feed: `feed(step) -> batch`: the batch after `step` updates, checked and on the devices.
         step: `step(state, batch) -> (state, metrics)`; the state is donated.
-        held_out: `held_out(state) -> nats`: mean over the labels of the held-out batches.
+        held_out: `held_out(state, go_on) -> nats`: mean over the labels of the held-out batches; None if `go_on()`,
+            asked before each, said no.
+        held_out_batches: how many there are; with 0 nothing is evaluated.
         rates: learning rate of each step.
+        speed: `speed(seconds) -> values`: what a step that took so long means for metrics.jsonl.
+        model_flops: of one step, over all devices.
+        peak: flops per second of all devices that `mfu` is reckoned against; None if nobody stated one.
         bill: bytes that each device sends in a step, predicted and compiled; None if nothing was compiled.
         seconds: that compiling took.
     """
 
     feed: Callable[[int], tuple]
     step: Callable[[State, tuple], tuple[State, dict]]
-    held_out: Callable[[State], float]
+    held_out: Callable[[State, Callable[[], bool]], float | None]
+    held_out_batches: int
     rates: np.ndarray
+    speed: Callable[[float], dict]
+    model_flops: float
+    peak: float | None
     bill: Bill | None
     seconds: float
 
@@ -42,7 +53,7 @@ def ready(
 
     Args:
         state: of the last checkpoint, if there is one.
-        recipe: for the numbers of steps and of held-out batches.
+        recipe: for the numbers of steps and of held-out batches, and the stated peak.
         program: what to compile: nothing, if all steps are done.
         parts: of the run.
         dataset: for the batches.
@@ -63,14 +74,56 @@ def ready(
     def placed(batch, name: str):
         return program.place(checked(batch, parts, dataset, name))
 
-    def held_out(state: State) -> float:
-        count = min(recipe.evaluate_batches, dataset.held_out_batches)
-        batches = (placed(dataset.held_out(i), f"held-out batch {i}") for i in range(count))
-        found = jax.device_get([evaluate(state.params, state.extra, batch) for batch in batches])
-        nats, labels = np.sum(found, axis=0, dtype=np.float64)
+    count = min(recipe.evaluate_batches, dataset.held_out_batches)
+    work, peak = flops.of_model(parts), _peak(recipe, program)
+    return state, Compiled(
+        feed=lambda step: placed(dataset.batch(step), f"batch {step}"),
+        step=step,
+        held_out=_held_out(evaluate, lambda i: placed(dataset.held_out(i), f"held-out batch {i}"), count),
+        held_out_batches=count,
+        rates=rates,
+        speed=speed_of(parts.labels.shape, work, peak),
+        model_flops=work,
+        peak=peak,
+        bill=sent,
+        seconds=seconds,
+    )
+
+
+def speed_of(labels: tuple[int, ...], work: float, peak: float | None) -> Callable[[float], dict]:
+    """`Compiled.speed`, for labels of this shape, model flops per step and peak flops per second of all devices.
+
+    Tokens are counted where each example has many labels, else examples.
+    """
+    unit, count = "tokens_per_second" if len(labels) > 1 else "examples_per_second", math.prod(labels)
+
+    def speed(seconds: float) -> dict:
+        known = {"mfu": float(f"{work / seconds / peak:.4g}")} if peak else {}
+        return {unit: round(count / seconds, 1)} | known
+
+    return speed
+
+
+def _held_out(evaluate: Callable, batch: Callable[[int], tuple], count: int) -> Callable:
+    """`Compiled.held_out`: one batch is placed while the one before it runs."""
+
+    def held_out(state: State, go_on: Callable[[], bool]) -> float | None:
+        total, waiting = np.zeros(2), []
+        for i in range(count + 1):
+            if not go_on():
+                return None
+            if i < count:
+                waiting.append(evaluate(state.params, state.extra, batch(i)))
+            if len(waiting) > 1 or i == count:
+                total += [float(value) for value in jax.device_get(waiting.pop(0))]
+        nats, labels = total
         return float(nats / max(labels, 1))
 
-    def feed(step: int):
-        return placed(dataset.batch(step), f"batch {step}")
+    return held_out
 
-    return state, Compiled(feed, step, held_out, rates, sent, seconds)
+
+def _peak(recipe: Recipe, program: Program) -> float | None:
+    """Of all devices together: as stated in the recipe, else as the maker of the chip states it."""
+    device, count = program.mesh.devices.flat[0], program.mesh.devices.size
+    one = recipe.peak_tflops * 1e12 if recipe.peak_tflops else chips.peak(device.device_kind)
+    return one * count if one else None

@@ -2,190 +2,214 @@
 
 On disk there are no devices and no padding: each leaf of the State is one array of its full, unpadded shape, blocks in
 layer order, named by its path in the State. The containers that optax uses are not on disk, so they may be any.
+
+`checkpoints/STEP/` has `state/`, as orbax writes it, and `manifest.json`. It is made aside and gets its name when all
+of it is on the disk, so what has a number for a name was complete.
 """
 
-import functools
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpar.core.refuse import Problem, Refused, refuse
 from jaxpar.core.types import State
 from jaxpar.step.program import Program
+from jaxpar.train import leaves, manifest
+from jaxpar.train.manifest import Damaged
+from jaxpar.train.stop import NonFinite, NotSaved
 
-FORMAT = 1  # of what is on disk; a higher number is refused
+STATE = "state"
 KEPT = 3  # newest checkpoints of a run
-NAMED = 8  # leaves that differ, in one message
+SPARE = 1.2  # free space that a save asks for, in sizes of the state
+
+
+class Found(NamedTuple):
+    """The newest good checkpoint: its state, what its manifest says, and newer ones that are damaged."""
+
+    state: State
+    manifest: dict
+    damaged: tuple[Damaged, ...]
 
 
 def save(folder: Path, program: Program, state: State, about: dict) -> int:
-    """Write `state` to `folder`, and return its step; when this returns the checkpoint is complete.
+    """Write `state` to `folder`, and return its step; when this returns the checkpoint is complete and on the disk.
+
+    Older checkpoints beyond the newest `KEPT` are then deleted, but never the last two that are good.
 
     Args:
         folder: of all checkpoints of the run.
         program: knows the padded and unpadded shapes.
         state: global arrays.
-        about: plain values for whoever finds the checkpoint; format, step and versions are added.
+        about: plain values for whoever finds the checkpoint; versions and the mesh are added.
 
     Raises:
-        RuntimeError: if it could not be written; earlier checkpoints are untouched.
+        NonFinite: if the state holds a number that is none; nothing is written.
+        NotSaved: if it could not be written; earlier checkpoints are untouched.
     """
-    step = int(state.step)
-    wanted = _on_disk(program)
-    leaves = dict(zip(wanted, jax.tree.leaves(state), strict=True))
-    long = [name for name, leaf in leaves.items() if leaf.shape != wanted[name].shape]
-    cut = _resizer(tuple((wanted[name].shape, wanted[name].sharding) for name in long))
-    leaves |= zip(long, cut(*(leaves[name] for name in long)), strict=True)
-    about = {"format": FORMAT, "step": step, "jax": jax.__version__, "orbax": ocp.__version__} | about
-    try:
-        with _manager(folder, create=True) as manager:
-            items = ocp.args.Composite(state=ocp.args.PyTreeSave(_nested(leaves)), about=ocp.args.JsonSave(about))
-            saved = manager.save(step, args=items)
-    except Exception as error:  # orbax raises bare ValueError, OSError and others, such as for a full disk
-        raise RuntimeError(f"the checkpoint of step {step} could not be written to {folder}: {error}") from error
-    if not saved:
-        raise RuntimeError(f"orbax wrote no checkpoint of step {step} to {folder}, which already has {steps(folder)}.")
+    step, arrays = int(state.step), leaves.unpadded(program, state)
+    digests = {name: manifest.leaf(_finite(name, np.asarray(leaf), step)) for name, leaf in arrays.items()}
+    versions = {"jax": jax.__version__, "orbax": ocp.__version__, "mesh": dict(program.mesh.shape)}
+    aside, place = folder / f"{step}.part", folder / str(step)
+    with _saving(folder, step):
+        folder.mkdir(parents=True, exist_ok=True)
+        _ask_for_room(folder, sum(leaf.nbytes for leaf in arrays.values()))
+        _remove(aside)
+        try:
+            with _orbax() as writer:
+                writer.save(aside.absolute() / STATE, args=ocp.args.PyTreeSave(leaves.nested(arrays)))
+            manifest.write(aside, step, digests, versions | about)
+            os.rename(aside, place)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its space back
+            raise
+        manifest.sync(folder)
+        _forget(folder)
     return step
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, oldest first."""
+    """Steps of the checkpoints in `folder`, good or damaged, oldest first."""
     if not folder.is_dir():
         return []
-    with _manager(folder) as manager:
-        return sorted(manager.all_steps())
-
-
-def about(folder: Path, step: int) -> dict:
-    """What was written beside the state of `step`.
-
-    Raises:
-        Refused: if it cannot be read, or a later version of jaxpar wrote it.
-    """
-    with _reading(folder, step), _manager(folder) as manager:
-        found = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-    if not found["format"] <= FORMAT:
-        rule = f"is of format {found['format']}, and this version reads formats up to {FORMAT}."
-        raise Refused([Problem("checkpoint", folder / str(step), rule, "a newer jaxpar")])
-    return found
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
 def described(folder: Path, step: int) -> dict:
-    """Each leaf on disk by its name, with `shape` and `dtype`; no array is read."""
-    with _reading(folder, step), _manager(folder) as manager:
-        return _flat(manager.item_metadata(step).state.tree)
+    """The manifest of `step`, of a format that this version reads.
+
+    Raises:
+        Damaged: if it is not what was written.
+        Refused: if a later version of jaxpar wrote it.
+    """
+    found = manifest.read(folder / str(step))
+    if found["format"] > manifest.FORMAT:
+        rule = f"is of format {found['format']}, and this version reads formats up to {manifest.FORMAT}."
+        raise Refused([Problem("checkpoint", folder / str(step), rule, "a newer jaxpar")])
+    return found
 
 
 def restore(folder: Path, program: Program, step: int) -> State:
     """The State of `step`, laid out and padded for `program`, whatever plan wrote it.
 
     Raises:
+        Damaged: if a file or an array is not what was written.
         Refused: naming each leaf whose name, shape or dtype differs from what the program takes.
     """
-    wanted = _on_disk(program)
-    with _reading(folder, step), _manager(folder) as manager:
-        there = described(folder, step)
-        refuse(_differences(folder / str(step), there, wanted))
-        target = _nested(wanted)
-        how = ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
-        found = _flat(manager.restore(step, args=ocp.args.Composite(state=how)).state)
-    shapes = dict(zip(wanted, jax.tree.leaves(program.shapes), strict=True))
-    short = [name for name in wanted if wanted[name].shape != shapes[name].shape]
-    pad = _resizer(tuple((shapes[name].shape, shapes[name].sharding) for name in short))
-    found |= zip(short, pad(*(found[name] for name in short)), strict=True)
-    return jax.tree.unflatten(jax.tree.structure(program.shapes), [found[name] for name in wanted])
+    wanted, place = leaves.on_disk(program), folder / str(step)
+    written = described(folder, step)["leaves"]
+    refuse(leaves.differences(place, written, wanted))
+    manifest.verify(place)
+    try:
+        with _orbax() as reader:
+            target = leaves.nested(wanted)
+            how = ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
+            found = leaves.flat(reader.restore(place.absolute() / STATE, args=how))
+    except Exception as error:  # orbax raises bare errors of any type
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise Damaged(place, STATE, f"cannot be restored ({reason})") from error
+    for name in wanted:
+        if manifest.leaf(np.asarray(found[name])) != written[name]:
+            raise Damaged(place, name, "has other values than were written")
+    return leaves.padded(program, found)
 
 
-def _on_disk(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """Each leaf of the State by its name: its unpadded shape, and where it may lie between disk and program.
+def newest(folder: Path, program: Program, note: Callable[[str], None]) -> Found | None:
+    """The newest good checkpoint; None if there are none at all. Nothing on the disk is changed.
 
-    A dim that is padded on the devices need not divide without padding, so it is not split.
+    Args:
+        folder: of all checkpoints of a run.
+        program: as for `restore`.
+        note: is told of each damaged one.
+
+    Raises:
+        Refused: if there are checkpoints and none is good, or they are of another model.
     """
-
-    def one(leaf, padded):
-        spec = [*padded.sharding.spec, *[None] * leaf.ndim][: leaf.ndim]
-        kept = (axes if size == full else None for axes, size, full in zip(spec, leaf.shape, padded.shape, strict=True))
-        sharding = NamedSharding(padded.sharding.mesh, PartitionSpec(*kept))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return _flat(jax.tree.map(one, program.unpadded, program.shapes))
-
-
-@functools.lru_cache(maxsize=8)  # compiled once per run, not once per checkpoint
-def _resizer(targets):
-    """A compiled function that cuts arrays to, or fills them up with zeros to, the (shape, sharding) in `targets`."""
-
-    def one(leaf, shape):
-        kept = leaf[tuple(map(slice, shape))]
-        return jnp.pad(kept, [(0, size - there) for size, there in zip(shape, kept.shape, strict=True)])
-
-    def resize(*leaves):
-        return tuple(one(leaf, shape) for leaf, (shape, _) in zip(leaves, targets, strict=True))
-
-    return jax.jit(resize, out_shardings=tuple(sharding for _, sharding in targets))
+    damaged = []
+    for step in reversed(steps(folder)):
+        try:
+            state = restore(folder, program, step)
+            return Found(state, described(folder, step), tuple(damaged))
+        except Damaged as error:
+            note(f"WARNING: {error}; going back to the checkpoint before it")
+            damaged.append(error)
+    if not damaged:
+        return None
+    rule = f"none of the {len(damaged)} checkpoints is good: " + "; ".join(map(str, damaged)) + "."
+    legal = "a copy of that folder, if you have one; or --overwrite to delete the run and start anew"
+    raise Refused([Problem("checkpoint", folder, rule, legal)])
 
 
-def _manager(folder: Path, create: bool = False) -> ocp.CheckpointManager:
-    # else each copy of an array writes a share of it, and every share is first compiled: seconds, to save milliseconds
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    handlers = {"state": state, "about": ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=KEPT,
-        create=create,
-        cleanup_tmp_directories=create,  # what a killed run left
-        enable_async_checkpointing=False,  # the error of a failed save would come late or never
-    )
-    return ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options)
+def tidy(folder: Path, damaged: tuple[Damaged, ...] = ()) -> None:
+    """Delete what a killed save or deletion left, and move damaged checkpoints out of the way, to `damaged/`.
+
+    Only for the holder of the run's lock.
+    """
+    for left in [*folder.glob("*.part*"), *folder.glob("*.gone")] if folder.is_dir() else []:
+        _remove(left)
+    for one in damaged:
+        away = folder.parent / "damaged"
+        away.mkdir(exist_ok=True)
+        taken = len([*away.glob(f"{one.step}*")])
+        os.rename(folder / str(one.step), away / (f"{one.step}-{taken}" if taken else str(one.step)))
+
+
+def _finite(name: str, a: np.ndarray, step: int) -> np.ndarray:
+    if jnp.issubdtype(a.dtype, jnp.floating) and not np.isfinite(a).all():
+        raise NonFinite(f"step {step}: {name} holds numbers that are none, so the state was not saved.")
+    return a
+
+
+def _ask_for_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < SPARE * size:
+        raise OSError(None, f"{SPARE * size:,.0f} bytes are needed and {free:,} are free; free some, or --runs-dir")
 
 
 @contextmanager
-def _reading(folder: Path, step: int) -> Iterator[None]:
-    """Name the checkpoint in what orbax raises, a bare error of any type."""
+def _saving(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
-    except Refused:
-        raise
-    except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        legal = "delete that folder to resume from the checkpoint before it, or start anew by --overwrite"
-        raise Refused([Problem("checkpoint", folder / str(step), f"cannot be read: {reason}.", legal)]) from error
+    except Exception as error:  # orbax raises bare ValueError and others, such as for a full disk
+        reason = str(getattr(error, "strerror", None) or error).partition("\n")[0]
+        raise NotSaved(
+            f"the checkpoint of step {step} could not be written to {folder}: {reason}\n"
+            "Earlier checkpoints are untouched; once this is mended, the same command goes on from them."
+        ) from error
 
 
-def _differences(path: Path, there: dict, wanted: dict[str, jax.ShapeDtypeStruct]) -> list[Problem]:
-    """One problem for each leaf that is not the same there; orbax itself would cast a dtype without a word."""
-    found, needed = (
-        {name: f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in leaves.items()}
-        for leaves in (there, wanted)
-    )
-    wrong = sorted(name for name in found.keys() | needed.keys() if found.get(name) != needed.get(name))
-    if not wrong:
-        return []
-    rule = f"is of another model or optimizer: {len(wrong)} leaves differ."
-    named = [
-        Problem(name, found.get(name, "missing"), f"the recipe needs {needed.get(name, 'nothing')}.")
-        for name in sorted(wrong, key=lambda name: not name.startswith("params"))[:NAMED]
-    ]
-    return [Problem("checkpoint", path, rule, "the recipe that wrote it; another --name; or --overwrite"), *named]
+def _forget(folder: Path) -> None:
+    """Delete checkpoints beyond the newest `KEPT`, if one more than the newest of these is good."""
+    *others, _ = kept = steps(folder)[-KEPT:]
+    if any(_is_good(folder / str(step)) for step in reversed(others)):
+        for step in steps(folder)[: -len(kept)]:
+            gone = folder / f"{step}.gone"
+            os.rename(folder / str(step), gone)  # at once, so that no half-deleted checkpoint has a number
+            _remove(gone)
 
 
-def _nested(leaves: dict) -> dict:
-    """`{"params/table": a}` as `{"params": {"table": a}}`: a reader of the files finds its way without jaxpar."""
-    tree = {}
-    for name, leaf in leaves.items():
-        *above, last = name.split("/")
-        inner = functools.reduce(lambda inner, part: inner.setdefault(part, {}), above, tree)
-        inner[last] = leaf
-    return tree
+def _is_good(place: Path) -> bool:
+    try:
+        return bool(manifest.verify(place))
+    except Damaged:
+        return False
 
 
-def _flat(tree) -> dict:
-    """The leaves of any tree by the names of their paths, as `"opt/1/0/mu/table"`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
+def _orbax() -> ocp.Checkpointer:
+    """A new writer or reader, since one that failed raises its old error again; it returns when all is written."""
+    # else each copy of an array writes a share of it, and every share is first compiled: seconds, to save milliseconds
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))

@@ -1,19 +1,23 @@
 """Training: from a recipe to a finished run."""
 
 from contextlib import ExitStack
-from time import perf_counter
 
 from jaxpar.core.recipe import Recipe
+from jaxpar.core.refuse import refuse
 from jaxpar.plan import mesh
+from jaxpar.report import memory
 from jaxpar.step.parts import prepare
 from jaxpar.step.program import program as program_of
 from jaxpar.train.ahead import ready
 from jaxpar.train.folder import locate
-from jaxpar.train.interrupt import Interrupted, stoppable
+from jaxpar.train.lock import locked
+from jaxpar.train.loop import Outside, loop
 from jaxpar.train.metrics import book
 from jaxpar.train.progress import Report, progress
 from jaxpar.train.run import Run, finished
+from jaxpar.train.stop import stoppable
 from jaxpar.train.store import nowhere, on_disk
+from jaxpar.train.watchdog import watchdog as watched
 
 
 def fit(
@@ -24,8 +28,9 @@ def fit(
     data_dir: str | None = None,
     overwrite: bool = False,
     report: Report | None = None,
+    watchdog: float | None = None,
 ) -> Run:
-    """Train what `recipe` describes, from the start or from the last checkpoint of `name`.
+    """Train what `recipe` describes, from the start or from the newest good checkpoint of `name`.
 
     Args:
         recipe: every choice.
@@ -34,46 +39,32 @@ def fit(
         data_dir: folder with the files of the dataset; by default the dataset's own.
         overwrite: delete the run of this name first.
         report: who is told how it goes; by default whoever reads stderr.
+        watchdog: end this process, with exit code 76, when nothing is finished for so many seconds; None for never.
 
     Raises:
-        Refused: naming every bad field, before anything is compiled, written or deleted.
+        Refused: naming every bad field, before anything is compiled, written or deleted; or another run holds `name`.
         ValueError: for a batch of other shapes than the first, or with values out of range.
         Interrupted: after Ctrl-C or SIGTERM, with everything saved; without `name` these act as ever.
-        NonFinite: if a loss or gradient is no number; nothing is saved after that.
+        NonFinite: after `recipe.skip_limit` updates in a row were skipped since they were no numbers.
+        NotSaved: if a checkpoint or a line could not be written; the newest good checkpoint is untouched.
     """
     mesh.simulate(mesh.needed(recipe.plan) or 1)  # before jax makes its devices
     parts, dataset = prepare(recipe, data_dir)
     folder = locate(recipe, name, runs_dir, overwrite) if name is not None else None
     program = program_of(parts)
+    refuse(memory.problems(recipe.plan, program))
     with ExitStack() as until_done:
         report = report or progress(recipe.steps)
         until_done.callback(report.close)
+        if folder:
+            until_done.enter_context(locked(folder, report.note))
         asked = until_done.enter_context(stoppable(report.note, wanted=folder is not None))
-        disk = on_disk(folder, recipe, program, dataset, overwrite) if folder else nowhere()
+        alive = until_done.enter_context(watched(watchdog, folder))
+        disk = on_disk(folder, recipe, program, parts, dataset, overwrite) if folder else nowhere()
         state, lines = disk.load(report.note)
         state, run = ready(state, recipe, program, parts, dataset, report.note)
-        written = book(lambda line: (disk.append(line), report.line(line)), lines, parts.labels.shape, run)
-        for number in range(int(state.step) + 1, recipe.steps + 1):
-            began = perf_counter()
-            batch = run.feed(number - 1)
-            fed = perf_counter()
-            state, found = run.step(state, batch)
-            written.step(number, found, began, fed)
-            stop = asked()
-            evaluate = dataset.held_out_batches and _due(number, recipe.evaluate_every, recipe.steps)
-            save = stop or _due(number, recipe.checkpoint_every, recipe.steps)
-            if evaluate or save:
-                written.settle()
-            if evaluate:
-                written.held_out(number, run.held_out(state))
-            if save:
-                disk.save(state)
-            if stop:
-                raise Interrupted(f"stopped after step {number} of {recipe.steps}; the same command goes on from there")
-        done = finished(state, written.lines, folder, program, parts, dataset, run.bill)
+        written = book(lambda line: (disk.append(line), report.line(line)), lines, recipe, run)
+        state = loop(state, recipe, run, written, disk, Outside(asked, alive, report.note))
+        done = finished(state, written.lines, folder, program, parts, dataset, run)
         disk.finish(done.summary)
     return done
-
-
-def _due(number: int, every: int, last: int) -> bool:
-    return number == last or bool(every and number % every == 0)

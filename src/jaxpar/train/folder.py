@@ -6,15 +6,16 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import Problem, Refused, refuse
+from jaxpar.train.lock import LOCK
 
 RECIPE, PLAN, METRICS, SUMMARY, CHECKPOINTS = "recipe.json", "plan.txt", "metrics.jsonl", "summary.json", "checkpoints"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-FREE = ("plan", "evaluate_every", "evaluate_batches", "checkpoint_every")  # may change when a run resumes
+FREE = {"plan", "evaluate_every", "evaluate_batches", "checkpoint_every", "skip_limit", "peak_tflops"}  # may change
 
 
 def locate(recipe: Recipe, name: str, runs_dir: str, overwrite: bool = False) -> Path:
@@ -42,11 +43,18 @@ def locate(recipe: Recipe, name: str, runs_dir: str, overwrite: bool = False) ->
 
 
 def clear(folder: Path) -> bool:
-    """Delete the folder of a run, whole; False, and nothing is touched, if it is none."""
+    """Delete the folder of a run, but for its lock if that is held; False, and nothing is touched, if it is none.
+
+    The recipe goes last, so that what a kill leaves is still known for a run.
+    """
     if not _is_run(folder):
         return False
     with _writing(folder):
-        shutil.rmtree(folder)
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == RECIPE):
+            if entry.name != LOCK:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    with suppress(OSError):  # not empty: somebody holds the lock
+        folder.rmdir()
     return True
 
 
@@ -117,7 +125,9 @@ def _is_fresh(folder: Path) -> bool:
     """Whether `folder` is empty, or was left by a run that was killed before it had written its recipe."""
     if folder.is_symlink() or not folder.is_dir():
         return False
-    return not {entry.name.removesuffix(".part") for entry in folder.iterdir()} - {RECIPE, PLAN} and not _is_run(folder)
+    return not {entry.name.removesuffix(".part") for entry in folder.iterdir()} - {RECIPE, PLAN, LOCK} and not _is_run(
+        folder
+    )
 
 
 def _is_run(folder: Path) -> bool:

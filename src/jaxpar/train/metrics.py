@@ -7,13 +7,9 @@ from typing import NamedTuple
 
 import jax
 
+from jaxpar.core.recipe import Recipe
 from jaxpar.train.ahead import Compiled
-
-
-class NonFinite(ArithmeticError):
-    """The loss or the gradients are no longer numbers."""
-
-    exit_code = 78
+from jaxpar.train.stop import NonFinite
 
 
 class Book(NamedTuple):
@@ -23,7 +19,8 @@ class Book(NamedTuple):
         step: `step(number, found, began, fed)`: the step was sent off; `found` is still on the devices. Times are of
             `time.perf_counter`: before its batch was made, and after that was on the devices.
         settle: wait for all steps that were sent off and write them down.
-        held_out: `held_out(number, nats)`: the loss on held-out data after `number` steps.
+        held_out: `held_out(number, nats, seconds)`: the loss on held-out data after `number` steps, and what finding it
+            took.
         lines: all that is written so far, also before this run resumed.
     """
 
@@ -33,35 +30,43 @@ class Book(NamedTuple):
     lines: list[dict]
 
 
-def book(write: Callable[[dict], None], lines: list[dict], labels: tuple[int, ...], run: Compiled) -> Book:
+def book(write: Callable[[dict], None], lines: list[dict], recipe: Recipe, run: Compiled) -> Book:
     """An open book.
 
     A step is written down while the next one runs: fetching its loss at once would leave the devices idle between two
-    steps.
+    steps. A step whose loss or gradients were no numbers has changed nothing (`step/program.py`); its line has
+    `"loss": null` and under `skipped` how many there were in a row.
 
     Args:
         write: takes each new line.
         lines: those of earlier parts of the run.
-        labels: shape of the labels of a batch: tokens are counted where each example has many, else examples.
-        run: for the learning rates, and the seconds of compiling, which are on the first new line.
+        recipe: for `skip_limit`.
+        run: for the learning rates, what a step does, and the seconds of compiling, which are on the first new line.
+
+    Raises:
+        NonFinite: by `step` or `settle`, after `recipe.skip_limit` steps in a row that changed nothing.
     """
-    unit = "tokens_per_second" if len(labels) > 1 else "examples_per_second"
-    count, waiting, lines = math.prod(labels), [], list(lines)
+    waiting, lines = [], list(lines)
     ended, once = -math.inf, {"compile_s": round(run.seconds, 3)}
+    skipped = next((line.get("skipped", 0) for line in reversed(lines) if "loss" in line), 0)
 
     def put(line: dict) -> None:
         lines.append(line)
         write(line)
 
     def finish(number: int, found, began: float, fed: float) -> None:
-        nonlocal ended, once
+        nonlocal ended, once, skipped
         values = {name: float(value) for name, value in jax.device_get(found).items()}  # waits for that step
         seconds = -max(began, ended) + (ended := time.perf_counter())
-        line = {"step": number, "loss": values["loss"]} | _finite(values, f"step {number}")
-        line |= {"learning_rate": float(f"{run.rates[number - 1]:.6g}"), unit: round(count / seconds, 1)}
+        skipped = skipped + 1 if values.pop("skipped") else 0
+        line = {"step": number} | {name: _or_null(value) for name, value in values.items()}
+        line |= {"skipped": skipped} if skipped else {}
+        line |= {"learning_rate": float(f"{run.rates[number - 1]:.6g}")} | run.speed(seconds)
         line |= {"step_ms": round(seconds * 1e3, 3), "data_ms": round((fed - began) * 1e3, 3)}
         put(line | once)
         once = {}
+        if skipped == recipe.skip_limit:
+            raise NonFinite(_told(number, values, skipped))
 
     def step(number: int, found, began: float, fed: float) -> None:
         waiting.append((number, found, began, fed))
@@ -72,17 +77,22 @@ def book(write: Callable[[dict], None], lines: list[dict], labels: tuple[int, ..
         while waiting:
             finish(*waiting.pop(0))
 
-    def held_out(number: int, nats: float) -> None:
+    def held_out(number: int, nats: float, seconds: float) -> None:
         settle()
-        put({"step": number} | _finite({"held_out_loss": nats}, f"step {number}"))
+        put({"step": number, "held_out_loss": _or_null(nats), "evaluate_s": round(seconds, 3)})
 
     return Book(step, settle, held_out, lines)
 
 
-def _finite(values: dict[str, float], where: str) -> dict[str, float]:
-    if wrong := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
-        raise NonFinite(
-            f"{where}: {', '.join(wrong)}. The run was stopped, and nothing was saved since its last checkpoint. "
-            "Try a lower learning_rate, a longer warmup or clip, or precision=fp32."
-        )
-    return values
+def _or_null(value: float) -> float | None:
+    """JSON has no word for what is no number."""
+    return value if math.isfinite(value) else None
+
+
+def _told(number: int, values: dict[str, float], skipped: int) -> str:
+    wrong = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
+    return (
+        f"step {number}: {wrong}. That was update {skipped} in a row that was skipped for it, so the run was stopped. "
+        "Look at the data of these steps; try a lower learning_rate, a longer warmup, a smaller clip, precision=fp32, "
+        "or a larger skip_limit."
+    )

@@ -55,7 +55,7 @@ def plain(steps: int, stream: TextIO) -> Report:
 
     def line(values: dict) -> None:
         remaining, words, step = left(values["step"]), told(values), values["step"]
-        if "held_out_loss" in values or step % every == 0 or step == steps or not first:
+        if "held_out_loss" in values or "skipped" in values or step % every == 0 or step == steps or not first:
             first.append(step)
             more = f"  {remaining} left" if remaining and step < steps and "loss" in values else ""
             note(f"step {step}/{steps}  {words}{more}")
@@ -90,15 +90,21 @@ def _teller() -> Callable[[dict], str]:
 
     def told(values: dict) -> str:
         if "held_out_loss" in values:
-            return f"held-out loss {values['held_out_loss']:.4f} nats"
-        words = [f"loss {values['loss']:.4f} nats"]
+            return f"held-out loss {_nats(values['held_out_loss'])}"
+        words = [f"loss {_nats(values['loss'])}" + (", update skipped" if "skipped" in values else "")]
         for unit in ("tokens", "examples"):
             if rate := values.get(f"{unit}_per_second"):
                 seconds[unit] = 0.9 * seconds.get(unit, 1 / rate) + 0.1 / rate
                 words.append(f"{1 / seconds[unit]:,.0f} {unit}/s")
+        if "mfu" in values:
+            words.append(f"MFU {values['mfu']:.1%}")
         return "  ".join(words)
 
     return told
+
+
+def _nats(value: float | None) -> str:
+    return "is no number" if value is None else f"{value:.4f} nats"
 
 
 def _clock(steps: int) -> Callable[[int], str]:

@@ -2,23 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+import jax
+import numpy as np
 
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import Problem, Refused
 from jaxpar.core.types import Dataset, State
+from jaxpar.step.parts import Parts
 from jaxpar.step.program import Program
 from jaxpar.train import checkpoint, folder
+from jaxpar.train.stop import NotSaved
 
 
 class Store(NamedTuple):
     """What the loop knows of the disk.
 
     Attributes:
-        load: `load(note) -> (state, lines)`: the last checkpoint and the lines of metrics.jsonl up to it; for a new run
-            None and no lines. `note` is told what was found.
+        load: `load(note) -> (state, lines)`: the newest good checkpoint and the lines of metrics.jsonl up to it; for a
+            new run None and no lines. `note` is told what was found.
         append: `append(line)`: one more line of metrics.jsonl.
         save: `save(state)`: a checkpoint, complete when this returns.
         finish: `finish(summary)`: the run is done; what an earlier summary knew besides is kept.
@@ -35,13 +41,14 @@ def nowhere() -> Store:
     return Store(lambda note: (None, []), lambda line: None, lambda state: None, lambda summary: None)
 
 
-def on_disk(path: Path, recipe: Recipe, program: Program, dataset: Dataset, overwrite: bool) -> Store:
-    """Keeps everything in the folder `path`, which `folder.locate` gave.
+def on_disk(path: Path, recipe: Recipe, program: Program, parts: Parts, dataset: Dataset, overwrite: bool) -> Store:
+    """Keeps everything in the folder `path`, which `folder.locate` gave and `lock.locked` locked.
 
     Args:
         path: of the run.
         recipe: of the run.
         program: for the shapes and places of the state.
+        parts: for the shapes of a batch.
         dataset: of the run, which must be the one that it was begun with.
         overwrite: whether `load` deletes what is there first.
     """
@@ -50,26 +57,46 @@ def on_disk(path: Path, recipe: Recipe, program: Program, dataset: Dataset, over
     def load(note):
         if overwrite and folder.clear(path):
             note(f"deleted the run that was in {path}")
-        steps = checkpoint.steps(checkpoints)
-        state = None
-        if steps:
-            _refuse_other_data(checkpoint.about(checkpoints, steps[-1]), digest, recipe, dataset)
-            state = checkpoint.restore(checkpoints, program, steps[-1])
-            how = "all is done in" if steps[-1] == recipe.steps else "resuming"
-            note(f"{how} {path}: {steps[-1]} of {recipe.steps} steps")
+        found, step = checkpoint.newest(checkpoints, program, note), 0
+        if found:
+            _refuse_other_data(found.manifest["about"], digest, recipe, dataset)
+            step = found.manifest["step"]
+            how = "all is done in" if step == recipe.steps else "resuming"
+            note(f"{how} {path}: {step} of {recipe.steps} steps")
+        checkpoint.tidy(checkpoints, found.damaged if found else ())
         folder.describe(path, recipe)
-        return state, folder.keep(path, steps[-1] if steps else 0)
+        return found.state if found else None, folder.keep(path, step)
 
     def save(state):
-        about = {"recipe": json.loads(recipe.to_json()), "data": digest, "source": dataset.source}
+        batch = {"inputs": _shape(parts.inputs), "labels": _shape(parts.labels), "classes": dataset.classes}
+        about = {"recipe": json.loads(recipe.to_json()), "data": digest, "source": dataset.source, "batch": batch}
         checkpoint.save(checkpoints, program, state, about)
 
     def finish(summary):
-        folder.write(
-            path / folder.SUMMARY, json.dumps(folder.summary(path) | summary, indent=2, allow_nan=False) + "\n"
-        )
+        with _written(path):
+            text = json.dumps(folder.summary(path) | summary, indent=2, allow_nan=False)
+            folder.write(path / folder.SUMMARY, text + "\n")
 
-    return Store(load, lambda line: folder.append(path, line), save, finish)
+    def append(line):
+        with _written(path):
+            folder.append(path, line)
+
+    return Store(load, append, save, finish)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise NotSaved(
+            f"{error.filename or path} could not be written: {error.strerror or error}\n"
+            "Checkpoints are untouched; once this is mended, the same command goes on from the newest."
+        ) from error
+
+
+def _shape(a: jax.ShapeDtypeStruct) -> dict:
+    return {"shape": [*a.shape], "dtype": np.dtype(a.dtype).name}
 
 
 def _refuse_other_data(about: dict, digest: str, recipe: Recipe, dataset: Dataset) -> None:

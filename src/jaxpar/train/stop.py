@@ -1,4 +1,4 @@
-"""Stopping a run from outside, so that nothing is lost: Ctrl-C and SIGTERM."""
+"""Why a run ends before its last step, and how it is asked to: one exception and exit code for each reason."""
 
 import signal
 import threading
@@ -12,6 +12,18 @@ class Interrupted(Exception):
     """A run was asked to stop, and has saved what it had."""
 
     exit_code = 77
+
+
+class NonFinite(ArithmeticError):
+    """Losses or gradients are no longer numbers."""
+
+    exit_code = 78
+
+
+class NotSaved(RuntimeError):
+    """A run could not write what it must keep; what it had written before is untouched."""
+
+    exit_code = 1
 
 
 @contextmanager
