@@ -127,7 +127,9 @@ def test_one_bad_batch_changes_nothing(user_data, tmp_path):
     assert [step for step, loss in enumerate(run.losses, 1) if not math.isfinite(loss)] == [4]
     assert run.summary["skipped"] == 1 and run.summary["loss"] == run.losses[-1]
     counts = {int(leaf) for leaf in jax.tree.leaves(run.state.opt) if leaf.ndim == 0}
-    assert counts == {recipe.steps - 1} and int(run.state.step) == recipe.steps, "the schedule stood still, data did not"
+    assert counts == {recipe.steps - 1} and int(run.state.step) == recipe.steps, (
+        "the schedule stood still, data did not"
+    )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(run.state)))
 
 

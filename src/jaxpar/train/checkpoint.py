@@ -7,6 +7,7 @@ layer order, named by its path in the State. The containers that optax uses are 
 of it is on the disk, so what has a number for a name was complete.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -175,6 +176,8 @@ def _ask_for_room(folder: Path, size: int) -> None:
 
 @contextmanager
 def _saving(folder: Path, step: int) -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # orbax logs each of its writes that failed; one message is enough
     try:
         yield
     except Exception as error:  # orbax raises bare ValueError and others, such as for a full disk
@@ -183,6 +186,8 @@ def _saving(folder: Path, step: int) -> Iterator[None]:
             f"the checkpoint of step {step} could not be written to {folder}: {reason}\n"
             "Earlier checkpoints are untouched; once this is mended, the same command goes on from them."
         ) from error
+    finally:
+        logging.disable(before)
 
 
 def _forget(folder: Path) -> None:

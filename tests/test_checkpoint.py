@@ -1,0 +1,299 @@
+"""What is on the disk is what was written, or it is found out: damage, full disks, kills, two runs at once."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from test_resume import assert_same_bits, interrupt, made_up, program_of
+from tiny import TINY
+
+from jaxpar.core.refuse import Refused
+from jaxpar.train import checkpoint, leaves, lock, manifest
+from jaxpar.train.fit import fit
+from jaxpar.train.manifest import Damaged
+from jaxpar.train.progress import quiet
+from jaxpar.train.stop import NonFinite, NotSaved
+
+
+@pytest.fixture(scope="module")
+def running():
+    """The program of TINY; nothing of it is compiled."""
+    return program_of(TINY)
+
+
+@pytest.fixture
+def two(tmp_path, running):
+    """A folder with good checkpoints of the steps 3 and 4."""
+    for step in (3, 4):
+        checkpoint.save(tmp_path, running, made_up(running, step), {"note": "as written"})
+    return tmp_path
+
+
+def files_of(place):
+    return sorted(path for path in place.rglob("*") if path.is_file())
+
+
+def damage(path, rng):
+    """Do one of five kinds of damage to a file; say which."""
+    data = path.read_bytes()
+    at = rng.randrange(len(data))
+    kind = rng.choice(["flip", "truncate", "zero", "delete", "append"])
+    if kind == "delete":
+        path.unlink()
+    elif kind == "append":
+        path.write_bytes(data + rng.randbytes(rng.randint(1, 64)))
+    elif kind == "truncate":
+        path.write_bytes(data[:at])
+    elif kind == "flip" or not any(data[at:]):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
+    else:
+        path.write_bytes(data[:at] + bytes(len(data) - at))
+    return kind
+
+
+def test_every_damage_is_found_and_named(two):
+    rng, kinds, place = random.Random(0), [], two / "4"
+    for _ in range(400):
+        path = rng.choice(files_of(place))
+        data = path.read_bytes()
+        kinds.append(damage(path, rng))
+        with pytest.raises(Damaged) as found:
+            manifest.verify(place)
+        assert (found.value.step, found.value.file) == (4, path.relative_to(place).as_posix()), kinds[-1]
+        assert "step 4" in str(found.value) and str(path) in str(found.value)
+        path.write_bytes(data)
+    assert manifest.verify(place)["step"] == 4 and len(set(kinds)) == 5
+
+
+def test_after_damage_the_checkpoint_before_it_is_restored(two, running):
+    rng, want = random.Random(1), jax.device_get(made_up(running, 3))
+    for path in files_of(two / "4"):
+        data, notes = path.read_bytes(), []
+        damage(path, rng)
+        found = checkpoint.newest(two, running, notes.append)
+        assert found.manifest["step"] == 3 and [one.step for one in found.damaged] == [4]
+        assert (
+            len(notes) == 1
+            and notes[0].startswith("WARNING: checkpoint of step 4 is damaged")
+            and path.name in notes[0]
+        )
+        assert_same_bits(found.state, want)
+        path.write_bytes(data)
+    assert checkpoint.newest(two, running, print).manifest["step"] == 4
+
+
+def test_arrays_have_digests_of_their_own(two, running, monkeypatch):
+    """orbax restores most flipped bits without a word; files that pass for whole do not make an array whole."""
+    monkeypatch.setattr(manifest, "verify", manifest.read)
+    reasons, rng = [], random.Random(2)
+    path = max(files_of(two / "4" / "state" / "d"), key=lambda path: path.stat().st_size)
+    data = path.read_bytes()
+    for _ in range(40):
+        at = rng.randrange(len(data))
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
+        try:
+            assert_same_bits(checkpoint.restore(two, running, 4), made_up(running, 4))
+        except Damaged as found:
+            reasons.append(found.reason)
+    assert reasons.count("has other values than were written") > 10, "the rest orbax sees, or never reads"
+
+
+def test_no_good_checkpoint_is_no_fresh_start(two, running):
+    for step in ("3", "4"):
+        (two / step / manifest.NAME).unlink()
+    with pytest.raises(Refused, match=r"none of the 2 checkpoints is good.*step 4.*step 3.*--overwrite"):
+        checkpoint.newest(two, running, lambda text: None)
+    assert checkpoint.steps(two) == [3, 4], "nothing was deleted"
+    assert checkpoint.newest(two / "elsewhere", running, print) is None
+
+
+def test_a_run_goes_back_loudly_and_ends_the_same(tmp_path):
+    whole = fit(TINY, report=quiet())
+    interrupt(TINY, tmp_path, 6)
+    checkpoints, notes = tmp_path / "run" / "checkpoints", []
+    assert checkpoint.steps(checkpoints) == [4, 7]
+    damage(files_of(checkpoints / "7" / "state")[0], random.Random(3))
+    resumed = fit(TINY, name="run", runs_dir=str(tmp_path), report=quiet()._replace(note=notes.append))
+    assert "WARNING" in notes[0] and "step 7" in notes[0] and "4 of 10 steps" in notes[1]
+    assert_same_bits(resumed.state, whole.state)
+    assert resumed.losses == whole.losses and resumed.held_out == whole.held_out
+    assert [path.name for path in (tmp_path / "run" / "damaged").iterdir()] == ["7"], "moved away, not deleted"
+    assert checkpoint.steps(checkpoints) == [4, 8, 10]
+
+
+def test_the_last_two_good_ones_are_never_deleted(tmp_path, running):
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, running, made_up(running, step), {})
+    assert checkpoint.steps(tmp_path) == [3, 4, 5]
+    for step in (4, 5):
+        files_of(tmp_path / str(step))[0].write_bytes(b"")
+    checkpoint.save(tmp_path, running, made_up(running, 6), {})
+    assert checkpoint.steps(tmp_path) == [3, 4, 5, 6], "3 and 6 are good"
+    checkpoint.save(tmp_path, running, made_up(running, 7), {})
+    assert checkpoint.steps(tmp_path) == [5, 6, 7]
+
+
+def test_everything_is_on_the_disk_before_it_is_called_good(tmp_path, running, monkeypatch):
+    events = []
+    fsync, rename, replaced = os.fsync, os.rename, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
+    )
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(("name", str(b))), rename(a, b)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("name", str(b))), replaced(a, b)))
+    checkpoint.save(tmp_path, running, made_up(running), {})
+    written = events.index(("name", str(tmp_path / "3.part" / manifest.NAME)))
+    before = {path for kind, path in events[:written] if kind == "sync"}
+    for path in (tmp_path / "3").rglob("*"):
+        if path.name != manifest.NAME:
+            assert str(path).replace("/3/", "/3.part/", 1) in before
+    assert {str(tmp_path / "3.part"), str(tmp_path / "3.part" / f"{manifest.NAME}.part")} <= before
+    named = events.index(("name", str(tmp_path / "3")))
+    assert written < events.index(("sync", str(tmp_path / "3.part")), written) < named
+    assert ("sync", str(tmp_path)) in events[named:]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's other writes, when one failed
+@pytest.mark.parametrize("room", random.Random(4).sample(range(1, 20_000), 6))
+def test_a_full_disk_is_an_error_at_once(room, two, running):
+    """A limit on the size of files stands for a full disk: a write ends in the middle, with an error of the system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(NotSaved, match="step 5 could not be written"):
+            checkpoint.save(two, running, made_up(running, 5), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in two.iterdir()) == ["3", "4"], "what could not be kept takes no space"
+    assert checkpoint.newest(two, running, pytest.fail).manifest["step"] == 4
+    assert checkpoint.save(two, running, made_up(running, 5), {}) == 5
+
+
+def test_free_space_is_asked_for_first(two, running, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(NotSaved, match=r"bytes are needed and 1,000 are free"):
+        checkpoint.save(two, running, made_up(running, 5), {})
+
+
+def test_a_run_stops_when_the_disk_is_full_and_goes_on_when_it_is_not(tmp_path, monkeypatch):
+    whole = fit(TINY, report=quiet())
+    with monkeypatch.context() as full:
+        save = ocp.Checkpointer.save
+
+        def fails(self, directory, *args, **fields):
+            if "8.part" in str(directory):
+                raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+            return save(self, directory, *args, **fields)
+
+        full.setattr(ocp.Checkpointer, "save", fails)
+        with pytest.raises(NotSaved, match=r"step 8 .*No space left"):
+            fit(TINY, name="run", runs_dir=str(tmp_path), report=quiet())
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [4]
+    resumed = fit(TINY, name="run", runs_dir=str(tmp_path), report=quiet())
+    assert_same_bits(resumed.state, whole.state)
+    assert resumed.losses == whole.losses
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_lines_that_cannot_be_written_stop_a_run(tmp_path):
+    fit(replace(TINY, steps=2), name="run", runs_dir=str(tmp_path), report=quiet())
+    (tmp_path / "run" / "summary.json.part").symlink_to("/dev/full")
+    with pytest.raises(NotSaved, match="No space left"):
+        fit(replace(TINY, steps=2), name="run", runs_dir=str(tmp_path), report=quiet())
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_state_that_is_no_number_is_not_saved(wrong, tmp_path, running):
+    state = made_up(running)
+    stem = state.params["stem"]["weight"].at[1, 1].set(wrong)
+    state = state._replace(params=state.params | {"stem": state.params["stem"] | {"weight": stem}})
+    with pytest.raises(NonFinite, match="params/stem/weight"):
+        checkpoint.save(tmp_path, running, state, {})
+    assert not checkpoint.steps(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int32", "bool"])
+def test_the_digest_of_a_leaf_sees_each_bit_and_each_place(dtype):
+    a = np.asarray(jnp.arange(12).reshape(3, 4).astype(dtype))
+    want = manifest.leaf(a)
+    assert manifest.leaf(np.asfortranarray(a)) == want == manifest.leaf(a.copy()), "the values count, not how they lie"
+    assert manifest.leaf(a[::-1]) != want and manifest.leaf(a.reshape(4, 3)) != want
+    bits = a.copy().view(np.uint8)
+    bits[1, 1] ^= 1
+    assert manifest.leaf(bits.view(a.dtype)) != want
+
+
+def test_what_a_kill_left_is_tidied(two, running):
+    (two / "5.part" / "state").mkdir(parents=True)
+    shutil.copytree(two / "3", two / "2.gone")
+    assert checkpoint.steps(two) == [3, 4]
+    checkpoint.tidy(two)
+    assert sorted(path.name for path in two.iterdir()) == ["3", "4"]
+
+
+def test_plain_orbax_reads_a_checkpoint(two, running):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as plain:
+        how = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), plain.metadata(two / "4" / "state").item_metadata.tree
+        )
+        found = plain.restore(two / "4" / "state", args=ocp.args.PyTreeRestore(restore_args=how))
+    want = jax.device_get(made_up(running, 4).params)
+    assert_same_bits(leaves.flat(found["params"]), leaves.flat(want))
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from jaxpar.train.lock import locked
+with locked(Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_run_is_refused_and_told_who_holds_the_first(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "held\n"
+        assert lock.holder(tmp_path / "run")["pid"] == child.pid
+        with pytest.raises(Refused, match=rf"name = run: .*in use by process {child.pid} on "):
+            fit(TINY, name="run", runs_dir=str(tmp_path), report=quiet())
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [lock.LOCK], "nothing was written"
+    finally:
+        child.kill()
+        child.communicate()
+    assert lock.holder(tmp_path / "run") is None, "the system took the lock back"
+    fit(replace(TINY, steps=1), name="run", runs_dir=str(tmp_path), report=quiet())
+    assert not (tmp_path / "run" / lock.LOCK).exists()
+
+
+def test_a_run_refuses_itself_and_a_folder_without_locks_is_told(tmp_path, monkeypatch):
+    notes = []
+    with (
+        lock.locked(tmp_path, notes.append),
+        pytest.raises(Refused, match=str(os.getpid())),
+        lock.locked(tmp_path, print),
+    ):
+        pass
+    assert not notes
+    monkeypatch.setattr(lock, "fcntl", None)
+    with lock.locked(tmp_path, notes.append), lock.locked(tmp_path, notes.append):
+        assert len(notes) == 2 and "cannot be locked" in notes[0]
+
+
+def test_what_the_manifest_says(two, running):
+    found = manifest.read(two / "4")
+    assert found["about"]["note"] == "as written" and found["about"]["jax"] == jax.__version__
+    assert found["leaves"]["params/stem/weight"]["shape"] == [64, 16]
+    text = json.loads((two / "4" / manifest.NAME).read_text())
+    assert set(text) == {"sha256", "format", "step", "files", "leaves", "about"}
