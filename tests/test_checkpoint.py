@@ -97,7 +97,7 @@ def test_arrays_have_digests_of_their_own(two, running, monkeypatch):
     monkeypatch.setattr(manifest, "verify", manifest.read)
     shutil.rmtree(two / "4" / "state")
     shutil.copytree(two / "3" / "state", two / "4" / "state")
-    with pytest.raises(Damaged, match="step 4 is damaged: .* has other values than were written") as found:
+    with pytest.raises(Damaged, match=r"step 4 is damaged: .* has other values than were written") as found:
         checkpoint.restore(two, running, 4)
     assert found.value.file == "step", "the first leaf that differs; parameters were made alike"
 

@@ -91,7 +91,7 @@ def test_each_step_is_one_line(run):
 
 def compiled(labels=(4, 32), **fields):
     """What `book` needs of a compiled run."""
-    nothing = dict.fromkeys(Compiled._fields) | {"rates": np.ones(9), "seconds": 1.5}
+    nothing = dict.fromkeys(Compiled._fields) | {"rate": lambda step: 1.0, "seconds": 1.5}
     return Compiled(**nothing | {"speed": speed_of(labels, 1e9, 1e12)} | fields)
 
 

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
 
+from jaxpar.core import strict
 from jaxpar.core.plan import Plan
+from jaxpar.core.refuse import Collector, refuse
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,20 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        """The recipe that `to_json` wrote."""
-        values: dict[str, Any] = json.loads(text)
-        parts = {"model": Model(**values["model"]), "data": Data(**values["data"]), "plan": Plan.parse(values["plan"])}
-        return cls(**values | parts)
+        """The recipe that `to_json` wrote, or one by hand: fields that are left out keep their defaults.
+
+        Raises:
+            Refused: naming every key that is unknown or given twice, and every value of the wrong type.
+        """
+        values = strict.parsed(text, "recipe")
+        found = Collector(strict.unknown(values, cls))
+        fields = {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
+        for name, kind in {"model": Model, "data": Data}.items():
+            if isinstance(inner := fields.get(name), dict):
+                found.problems.extend(strict.unknown(inner, kind, f"{name}."))
+                fields[name] = kind(**{key: inner[key] for key in inner if key in kind.__dataclass_fields__})
+        if isinstance(plan := fields.get("plan"), str):
+            fields["plan"] = found.attempt(Plan.parse, plan) or Plan()
+        recipe = cls(**fields)
+        refuse([*found.problems, *strict.mistyped(recipe)])
+        return recipe

@@ -13,6 +13,8 @@ from jaxpar.core.refuse import Collector, Problem, Refused
 from jaxpar.plan import layout
 from jaxpar.plan.layout import Placement
 
+MOST_SIMULATED = 512  # each is a thread or more
+
 
 def needed(plan: Plan) -> int:
     """How many devices a plan takes; 0 for one that will be refused."""
@@ -27,6 +29,8 @@ def simulate(count: int) -> None:
     on a busy machine with few cores, one more task that holds a thread then left the last device without one, and the
     step stood still (seen twice in five runs beside another job). So XLA is told of two cores per device.
     """
+    if count > MOST_SIMULATED:  # `devices` will say so
+        return
     if count > 1:
         os.environ.setdefault("NPROC", str(2 * count))
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
@@ -47,6 +51,9 @@ def devices(count: int) -> list[jax.Device]:
     found = jax.devices()
     if len(found) < count and found[0].platform != "cpu":
         found = jax.devices("cpu")
+    if len(found) < count and count > MOST_SIMULATED:
+        rule = f"needs {count} devices; there are {len(found)}, and at most {MOST_SIMULATED} can be simulated."
+        raise Refused([Problem("plan", "the mesh", rule, f"a plan for {MOST_SIMULATED} devices or fewer")])
     if len(found) < count:
         rule = f"needs {count} devices, but jax has already made {len(found)} ({found[0].platform})."
         legal = (

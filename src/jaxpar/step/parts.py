@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import optax
 
-from jaxpar.core import family, order
+from jaxpar.core import family, order, strict
 from jaxpar.core.plan import scheme_of
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import Collector, Problem, near_miss, refuse
@@ -17,6 +17,7 @@ from jaxpar.plan.layout import Placement
 from jaxpar.plan.wire import device_wire
 
 CONTEXT = 128  # tokens per sequence where neither the recipe nor the model says
+MOST, MOST_LAYERS = 2**31 - 1, 10_000  # whole numbers on devices have 32 bits; a model is built layer by layer
 MODEL_SIZES = ("layers", "width", "hidden", "heads", "kv_heads", "context", "vocab")
 
 
@@ -52,6 +53,7 @@ def prepare(recipe: Recipe, data_dir: str | None = None) -> tuple[Parts, Dataset
     Raises:
         Refused: naming every problem that could be found: plan, numbers, names, data, sizes.
     """
+    refuse(strict.mistyped(recipe))
     found = Collector([])
     dataset = found.attempt(_dataset, recipe, data_dir)
     if dataset is None:
@@ -74,6 +76,7 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
     Raises:
         Refused: naming every problem.
     """
+    refuse(strict.mistyped(recipe))
     model, placement = _checked(recipe, inputs, labels, classes)
     plan = recipe.plan
     settings = Settings(
@@ -102,7 +105,7 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
         given = model_fields(recipe, classes) | ({"example": inputs.shape[1:]} if inputs else {})
         fields = family.defaults(builder) | family.accepted(builder, given)
         found.problems.extend([*_unknown_fields(recipe, builder), *_too_few_classes(recipe, builder, classes)])
-    if min(_sizes(recipe)) < 1:  # the rest divides by them
+    if not 1 <= min(_sizes(recipe)) <= max(_sizes(recipe)) <= MOST:  # the rest divides by them
         refuse(found.problems)
     if builder:
         found.problems.extend(check.of_heads(*(fields.get(name) for name in ("width", "heads", "kv_heads"))))
@@ -162,11 +165,16 @@ def optimizer(recipe: Recipe, model: Layer) -> optax.GradientTransformation:
 def of_numbers(recipe: Recipe):
     """Numbers out of range."""
     yield from order.wrong(recipe.seed, batch=recipe.batch)
-    least = {"steps": 1, "weight_decay": 0, "clip": 0, "evaluate_every": 0}
-    for field, bound in (least | {"evaluate_batches": 1, "checkpoint_every": 0}).items():
+    least = {"steps": 1, "weight_decay": 0, "clip": 0, "evaluate_every": 0, "evaluate_batches": 1}
+    for field, bound in (least | {"checkpoint_every": 0, "skip_limit": 1}).items():
         value = getattr(recipe, field)
         if not value >= bound or value == float("inf"):
             yield Problem(field, value, f"must be a finite number of at least {bound}.", str(bound))
+    for field in ("batch", "steps"):
+        if getattr(recipe, field) > MOST:
+            yield Problem(field, getattr(recipe, field), f"must be at most {MOST}.", str(MOST))
+    if recipe.peak_tflops is not None and not 0 < recipe.peak_tflops < float("inf"):
+        yield Problem("peak_tflops", recipe.peak_tflops, "must be a finite number above 0.", "197, or leave it out")
     if not 0 < recipe.learning_rate <= 100:
         yield Problem("learning_rate", recipe.learning_rate, "must lie above 0 and not above 100.", "0.003")
     if recipe.warmup is not None and not 0 <= recipe.warmup <= max(recipe.steps, 1):
@@ -176,8 +184,9 @@ def of_numbers(recipe: Recipe):
         yield Problem("seed", recipe.seed, "must fit in 32 bits.", f"0 to {2**32 - 1}")
     for field in MODEL_SIZES:
         value = getattr(recipe.model, field)
-        if value is not None and value < 1:
-            yield Problem(f"model.{field}", value, "must be at least 1.", "1")
+        most = MOST_LAYERS if field == "layers" else MOST
+        if value is not None and not 1 <= value <= most:
+            yield Problem(f"model.{field}", value, f"must lie in 1 to {most}.", "1" if value < 1 else str(most))
     if recipe.model.dropout is not None and not 0 <= recipe.model.dropout < 1:
         yield Problem("model.dropout", recipe.model.dropout, "must lie in [0, 1).", "0.1")
 

@@ -1,5 +1,6 @@
 """The functions of the loop, compiled once, ahead of time."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from jaxpar.step.parts import Parts, learning_rate
 from jaxpar.step.program import Program
 from jaxpar.train.feed import checked
 
+RATES = 4096  # learning rates that are found at once
+
 
 class Compiled(NamedTuple):
     """What the loop calls.
@@ -26,7 +29,7 @@ class Compiled(NamedTuple):
         held_out: `held_out(state, go_on) -> nats`: mean over the labels of the held-out batches; None if `go_on()`,
             asked before each, said no.
         held_out_batches: how many there are; with 0 nothing is evaluated.
-        rates: learning rate of each step.
+        rate: `rate(step)`: learning rate of the step after `step` updates.
         speed: `speed(seconds) -> values`: what a step that took so long means for metrics.jsonl.
         model_flops: of one step, over all devices.
         peak: flops per second of all devices that `mfu` is reckoned against; None if nobody stated one.
@@ -38,7 +41,7 @@ class Compiled(NamedTuple):
     step: Callable[[State, tuple], tuple[State, dict]]
     held_out: Callable[[State, Callable[[], bool]], float | None]
     held_out_batches: int
-    rates: np.ndarray
+    rate: Callable[[int], float]
     speed: Callable[[float], dict]
     model_flops: float
     peak: float | None
@@ -60,7 +63,6 @@ def ready(
         note: is told how long it takes, since nothing else can be seen of it.
     """
     step, evaluate, sent, seconds = program.step, program.evaluate, None, 0.0
-    rates = np.asarray(jax.jit(learning_rate(recipe))(np.arange(recipe.steps)))
     if state is None or state.step < recipe.steps:
         note("compiling the step ...")
         began = time.perf_counter()
@@ -81,7 +83,7 @@ def ready(
         step=step,
         held_out=_held_out(evaluate, lambda i: placed(dataset.held_out(i), f"held-out batch {i}"), count),
         held_out_batches=count,
-        rates=rates,
+        rate=_rate(recipe),
         speed=speed_of(parts.labels.shape, work, peak),
         model_flops=work,
         peak=peak,
@@ -120,6 +122,17 @@ def _held_out(evaluate: Callable, batch: Callable[[int], tuple], count: int) -> 
         return float(nats / max(labels, 1))
 
     return held_out
+
+
+def _rate(recipe: Recipe) -> Callable[[int], float]:
+    """`Compiled.rate`: found for many steps at once, so that it does not wait for the devices at each."""
+    schedule = jax.jit(learning_rate(recipe))
+
+    @functools.lru_cache(maxsize=1)
+    def block(number: int) -> np.ndarray:
+        return np.asarray(schedule(number * RATES + np.arange(RATES)))
+
+    return lambda step: float(block(step // RATES)[step % RATES])
 
 
 def _peak(recipe: Recipe, program: Program) -> float | None:

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 
+from jaxpar.core import strict
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import refuse
 from jaxpar.plan import mesh
@@ -48,6 +49,7 @@ def fit(
         NonFinite: after `recipe.skip_limit` updates in a row were skipped since they were no numbers.
         NotSaved: if a checkpoint or a line could not be written; the newest good checkpoint is untouched.
     """
+    refuse(strict.mistyped(recipe))
     mesh.simulate(mesh.needed(recipe.plan) or 1)  # before jax makes its devices
     parts, dataset = prepare(recipe, data_dir)
     folder = locate(recipe, name, runs_dir, overwrite) if name is not None else None

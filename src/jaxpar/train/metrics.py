@@ -61,7 +61,7 @@ def book(write: Callable[[dict], None], lines: list[dict], recipe: Recipe, run: 
         skipped = skipped + 1 if values.pop("skipped") else 0
         line = {"step": number} | {name: _or_null(value) for name, value in values.items()}
         line |= {"skipped": skipped} if skipped else {}
-        line |= {"learning_rate": float(f"{run.rates[number - 1]:.6g}")} | run.speed(seconds)
+        line |= {"learning_rate": float(f"{run.rate(number - 1):.6g}")} | run.speed(seconds)
         line |= {"step_ms": round(seconds * 1e3, 3), "data_ms": round((fed - began) * 1e3, 3)}
         put(line | once)
         once = {}

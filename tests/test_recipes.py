@@ -1,0 +1,249 @@
+"""Recipes are strict: what is not plainly one is refused with its fields named, and what is accepted trains."""
+
+import dataclasses
+import json
+import math
+import re
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import TINY
+
+from jaxpar.core import strict
+from jaxpar.core.plan import Plan
+from jaxpar.core.recipe import Data, Model, Recipe
+from jaxpar.core.refuse import Refused
+from jaxpar.plan import mesh
+from jaxpar.report import memory
+from jaxpar.step.parts import prepare
+from jaxpar.step.program import program
+from jaxpar.train.fit import fit
+from jaxpar.train.progress import quiet
+
+BAD = {
+    int: ["8", 8.0, True, None, np.int64(8), [8]],
+    float: ["1e-3", True, None, np.float32(1), math.nan, math.inf, -1.0],
+    str: [1, None, b"gpt", "", "no such name", "../x.py:name"],
+    bool: [1, 0, "true", None, 0.0],
+}
+
+
+def fields_of(record, above=""):
+    """(dotted name, kinds of value) of each field of a recipe."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields_of(value, f"{above}{field.name}.")
+        else:
+            kind = type(field.default) if field.default is not None else None
+            yield (
+                f"{above}{field.name}",
+                kind or next(k for k in BAD if re.search(rf"\b{k.__name__}\b", str(field.type))),
+            )
+
+
+FIELDS = dict(fields_of(Recipe()))
+
+
+def changed(recipe, name, value):
+    """`recipe` with the field of that dotted name set."""
+    first, _, rest = name.partition(".")
+    return replace(recipe, **{first: changed(getattr(recipe, first), rest, value) if rest else value})
+
+
+def test_every_field_is_known_here():
+    assert len(FIELDS) == 13 + 1 + len(dataclasses.fields(Plan)) + len(dataclasses.fields(Recipe)) - 3
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_values_of_a_wrong_type_are_refused_by_name(name):
+    optional = {"warmup", "peak_tflops"} | {f"model.{field.name}" for field in dataclasses.fields(Model)} - {
+        "model.name"
+    }
+    for value in BAD[FIELDS[name]]:
+        plain = type(value) is FIELDS[name] or (value is None and name in optional)
+        if plain:
+            continue
+        with pytest.raises(Refused) as refused:
+            prepare(changed(TINY, name, value))
+        assert [problem.field for problem in refused.value.problems] == [name]
+        assert type(value).__name__ in str(refused.value)
+
+
+def test_a_whole_number_is_a_number():
+    assert not [*strict.mistyped(replace(TINY, learning_rate=1))]
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ('{"steps": 5, "steps": 6}', r"steps = \[5, 6\]: is given twice"),
+        ('{"stepz": 5}', "stepz = 5: there is no such field.*did you mean `steps`"),
+        ('{"model": {"name": "gpt", "widht": 5}}', "model.widht = 5: .*did you mean `width`"),
+        ('{"model": {"width": 5, "width": 5}}', "width = .* is given twice"),
+        ('{"plan": "date=2"}', "plan.date = 2: there is no such field"),
+        ('{"plan": {"data": 2}}', r"plan = .*must be Plan, got dict"),
+        ('{"model": "gpt"}', "model = 'gpt': must be Model, got str"),
+        ('{"steps": "5"}', "steps = '5': must be a whole number, got str"),
+        ('{"steps": 5.0}', "steps = 5.0: must be a whole number, got float"),
+        ('{"learning_rate": NaN}', "NaN: is not a number"),
+        ('{"clip": -Infinity}', "-Infinity: is not a number"),
+        ('{"model": {"bias": 1}}', "model.bias = 1: must be true or false or null, got int"),
+        ("[]", r"recipe = \[\]: must be one JSON object"),
+        ("steps: 5", "is not JSON"),
+        ("", "is not JSON"),
+        ('{"a": ' * 100_000, "is not JSON"),
+        (" " * 2_000_000, "bytes long"),
+        ('{"stepz": 5, "batch": "x", "model": {"heds": 2}}', "3 problems"),
+    ],
+)
+def test_json_that_is_no_recipe_is_refused(text, told):
+    with pytest.raises(Refused, match=rf"(?s){told}"):
+        Recipe.from_json(text)
+
+
+def test_json_of_a_part_keeps_the_other_defaults():
+    assert Recipe.from_json('{"steps": 7, "plan": "data=2", "model": {"width": 8}}') == Recipe(
+        steps=7, plan=Plan(data=2), model=Model(width=8)
+    )
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_compiled():
+    with pytest.raises(Refused, match=r"memory = data=1: each device would hold [\d,.]+ GiB \(parameters .*optimizer"):
+        fit(replace(TINY, model=Model("mlp", width=2**20)), report=quiet())
+
+
+def test_the_memory_that_a_step_holds_is_that_of_its_arrays():
+    recipe = replace(TINY, plan=Plan.parse("tensor=two_half_d:2x2x2"))
+    made = program(prepare(recipe)[0])
+    state, found = made.init(), memory.held(made)
+    here = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params)]
+    assert found["parameters"] == found["gradients"] == sum(here)
+    assert found["optimizer"] == sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.opt))
+    assert 0 < memory.available(jax.devices()[0], 8) == memory.host() // 8
+
+
+def test_a_mesh_of_too_many_devices_is_refused():
+    assert mesh.needed(Plan(data=10**6)) == 10**6
+    with pytest.raises(Refused, match="at most 512 can be simulated"):
+        mesh.devices(10**6)
+
+
+# 500 recipes, most of them wrong in some field
+
+SIZES = st.sampled_from([None, 1, 2, 3, 4, 8, 16, 32, 0, -1, 2**31, 10**12])
+MODELS = st.builds(
+    Model,
+    name=st.sampled_from(["mlp", "gpt", "gru", "convnet", "gtp", "tests/nothing.py:here"]),
+    layers=st.sampled_from([None, 1, 2, 0, 10**9]),
+    width=SIZES,
+    hidden=SIZES,
+    heads=st.sampled_from([None, 1, 2, 4, 3, 0]),
+    kv_heads=st.sampled_from([None, None, 1, 2, 0]),
+    context=st.sampled_from([None, 8, 8, 3, 10**9]),
+    vocab=st.sampled_from([None, None, 300, 5, 10**9]),
+    dropout=st.sampled_from([None, 0.0, 0.1, 1.0, math.nan]),
+    norm=st.sampled_from([None, None, "layer", "batch", "rmz"]),
+    activation=st.sampled_from([None, "gelu", "gelu_tanh", "relu", "swish"]),
+    bias=st.sampled_from([None, True, False]),
+    tied=st.sampled_from([None, True, False]),
+)
+PLANS = st.builds(
+    Plan,
+    data=st.sampled_from([1, 2, 3, 8, 0, 10**6]),
+    tensor=st.sampled_from(["single", "one_d:2", "two_d:2x2", "three_d:1x2x2", "fsdp:4", "one_d", "one_d:0", "2d:2x2"]),
+    microbatches=st.sampled_from([1, 1, 2, 0]),
+    zero=st.sampled_from([0, 0, 0, 0, 1]),
+    unroll=st.sampled_from(["auto", "true", "maybe"]),
+    precision=st.sampled_from(["fp32", "bf16", "fp33"]),
+    remat=st.sampled_from(["none", "none", "none", "block"]),
+)
+NUMBERS = {
+    "batch": [8, 16, 4, 1, 0, 10**9],
+    "steps": [1, 1, 2, 0, 2**40],
+    "seed": [0, 7, 2**32 - 1, -1, 2**32],
+    "learning_rate": [1e-3, 1.0, 0.0, math.nan],
+    "warmup": [None, 0, 1, -1, 10**6],
+    "weight_decay": [0.0, 0.1, -1.0],
+    "clip": [0.0, 1.0, math.inf],
+    "evaluate_every": [0, 1, -1],
+    "evaluate_batches": [1, 0],
+    "checkpoint_every": [0, 1],
+    "skip_limit": [1, 0],
+    "peak_tflops": [None, 1.0, 0.0],
+    "optimizer": ["adamw", "sgd", "adam"],
+}
+
+
+@st.composite
+def recipes(draw):
+    """A small recipe that is right, with some of its fields drawn anew."""
+    base = draw(st.sampled_from(SOUND))
+    wild = Recipe(
+        model=draw(MODELS),
+        data=Data(draw(st.sampled_from(["digits", "stdlib_text", "digist"]))),
+        plan=draw(PLANS),
+        **{name: draw(st.sampled_from(values)) for name, values in NUMBERS.items()},
+    )
+    for name in draw(st.lists(st.sampled_from(sorted(FIELDS)), max_size=5)):
+        value = wild
+        for part in name.split("."):
+            value = getattr(value, part)
+        base = changed(base, name, value)
+    return base
+
+
+SOUND = [
+    Recipe(model=model, data=Data(data), batch=8, steps=1, evaluate_batches=1)
+    for model, data in (
+        (Model("mlp", layers=1, width=16), "digits"),
+        (Model("convnet", layers=1, width=8), "digits"),
+        (Model("gpt", layers=1, width=16, heads=2, context=8), "stdlib_text"),
+        (Model("gru", layers=1, width=16, context=8), "stdlib_text"),
+    )
+]
+
+
+def refused_or_trained(recipe, seen):
+    """Whether the recipe trained; what was refused must name fields that there are."""
+    try:
+        run = fit(recipe, report=quiet())
+    except Refused as refused:
+        named = {problem.field for problem in refused.problems if problem.rule}
+        if not named <= {*FIELDS, "memory", "plan"}:
+            pytest.fail(f"{recipe}\n{refused}")
+        seen.update(named)
+        return False
+    assert len(run.losses) == recipe.steps and all(map(math.isfinite, run.losses)), recipe
+    return True
+
+
+def check(count):
+    seen, trained = set(), []
+
+    @settings(max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=[*HealthCheck])
+    @given(recipes())
+    def run(recipe):
+        trained.append(refused_or_trained(recipe, seen))
+
+    run()
+    assert count / 10 < sum(trained) < count and len(seen) > 5, (sum(trained), len(trained), sorted(seen))
+
+
+def test_random_recipes_are_refused_by_field_or_train():
+    check(50)
+
+
+@pytest.mark.slow
+def test_500_random_recipes_are_refused_by_field_or_train():
+    check(500)
+
+
+def test_what_is_written_is_what_is_read():
+    for recipe in SOUND:
+        assert Recipe.from_json(recipe.to_json()) == recipe
+        assert json.loads(recipe.to_json())["plan"] == "data=1"
