@@ -218,6 +218,7 @@ def refused_or_trained(recipe, seen):
             pytest.fail(f"{recipe}\n{refused}")
         seen.update(named)
         return False
+    jax.clear_caches()  # of hundreds of programs
     assert len(run.losses) == recipe.steps and all(map(math.isfinite, run.losses)), recipe
     return True
 

@@ -41,7 +41,7 @@ def watchdog(seconds: float | None, folder: Path | None) -> Iterator[Callable[[]
 
     def watch():
         while (left := due[0] - time.monotonic()) > 0:
-            if done.wait(left):
+            if done.wait(min(left, seconds / 10)):
                 return
         _end(seconds, folder)
 
