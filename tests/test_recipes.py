@@ -112,6 +112,13 @@ def test_json_of_a_part_keeps_the_other_defaults():
     )
 
 
+@pytest.mark.parametrize("name, data", [("gpt", "digits"), ("gru", "digits"), ("mlp", "stdlib_text")])
+def test_data_that_a_model_cannot_take_is_refused(name, data):
+    recipe = Recipe(model=Model(name, layers=1, width=16), data=Data(data), batch=8)
+    with pytest.raises(Refused, match=rf"data.name = {data}: holds .*tokens, and the model {name} takes"):
+        prepare(recipe)
+
+
 def test_a_model_that_cannot_fit_is_refused_before_it_is_compiled():
     with pytest.raises(Refused, match=r"memory = data=1: each device would hold [\d,.]+ GiB \(parameters .*optimizer"):
         fit(replace(TINY, model=Model("mlp", width=2**20)), report=quiet())

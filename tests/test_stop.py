@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from chaos import chaos
 from test_resume import assert_same_bits
 from tiny import TINY
 
@@ -175,3 +176,10 @@ def test_ten_sigterms_at_any_moment_lose_nothing(whole, tmp_path):
     resumed = fit(recipe, name="run", runs_dir=str(tmp_path), report=quiet())
     assert_same_bits(resumed.state, whole.state)
     assert resumed.losses == whole.losses and resumed.held_out == whole.held_out
+
+
+@pytest.mark.slow
+def test_ten_kills_at_any_moment_lose_nothing(tmp_path):
+    outcome = chaos(10, seed=1, folder=tmp_path)
+    assert outcome.kills == 10 and not outcome.wrong, outcome
+    assert outcome.resumed[-1] == 300 > outcome.resumed[-2] > 0

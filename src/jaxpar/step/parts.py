@@ -6,19 +6,18 @@ from typing import NamedTuple
 import jax
 import optax
 
-from jaxpar.core import family, order, strict
+from jaxpar.core import family, strict
 from jaxpar.core.plan import scheme_of
 from jaxpar.core.recipe import Recipe
-from jaxpar.core.refuse import Collector, Problem, near_miss, refuse
+from jaxpar.core.refuse import Collector, refuse
 from jaxpar.core.types import Dataset, Layer, Reducer
 from jaxpar.plan import check, layout
 from jaxpar.plan.context import Settings
 from jaxpar.plan.layout import Placement
 from jaxpar.plan.wire import device_wire
+from jaxpar.step import checks
 
 CONTEXT = 128  # tokens per sequence where neither the recipe nor the model says
-MOST, MOST_LAYERS = 2**31 - 1, 10_000  # whole numbers on devices have 32 bits; a model is built layer by layer
-MODEL_SIZES = ("layers", "width", "hidden", "heads", "kv_heads", "context", "vocab")
 
 
 class Parts(NamedTuple):
@@ -86,6 +85,7 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
         unroll={"true": True, "false": False, "auto": None}[plan.unroll],
         regather=plan.regather,
     )
+    refuse(checks.other_data(recipe, model, settings, (inputs, labels)))
     reducer = family.pick("reducers", plan.reducer)()
     update, norms = optimizer(recipe, model), 1 + bool(recipe.clip)
     return Parts(model, update, reducer, settings, norms, plan.microbatches, recipe.seed, inputs, labels)
@@ -96,7 +96,7 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
 
     Without inputs and labels it checks what does not need them; the model may then be None.
     """
-    found = Collector([*of_numbers(recipe), *check.of_plan(recipe.plan)])
+    found = Collector([*checks.of_numbers(recipe), *check.of_plan(recipe.plan)])
     scheme = found.attempt(scheme_of, recipe.plan.tensor)
     builder = found.attempt(family.pick, "models", recipe.model.name, "model.name")
     found.attempt(family.pick, "optimizers", recipe.optimizer, "optimizer")
@@ -104,8 +104,10 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
     if builder:
         given = model_fields(recipe, classes) | ({"example": inputs.shape[1:]} if inputs else {})
         fields = family.defaults(builder) | family.accepted(builder, given)
-        found.problems.extend([*_unknown_fields(recipe, builder), *_too_few_classes(recipe, builder, classes)])
-    if not 1 <= min(_sizes(recipe)) <= max(_sizes(recipe)) <= MOST:  # the rest divides by them
+        found.problems.extend(
+            [*checks.unknown_fields(recipe, builder), *checks.too_few_classes(recipe, builder, classes)]
+        )
+    if not 1 <= min(_sizes(recipe)) <= max(_sizes(recipe)) <= checks.MOST:  # the rest divides by them
         refuse(found.problems)
     if builder:
         found.problems.extend(check.of_heads(*(fields.get(name) for name in ("width", "heads", "kv_heads"))))
@@ -124,7 +126,7 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
 
 def _sizes(recipe: Recipe) -> list[int]:
     """All sizes that the recipe gives."""
-    given = [getattr(recipe.model, field) for field in MODEL_SIZES]
+    given = [getattr(recipe.model, field) for field in checks.MODEL_SIZES]
     return [recipe.batch, recipe.plan.data, recipe.plan.microbatches, *(size for size in given if size is not None)]
 
 
@@ -160,55 +162,6 @@ def optimizer(recipe: Recipe, model: Layer) -> optax.GradientTransformation:
     make = family.pick("optimizers", recipe.optimizer, "optimizer")
     update = make(learning_rate(recipe), recipe.weight_decay, decayed)
     return optax.chain(optax.clip_by_global_norm(recipe.clip), update) if recipe.clip else update
-
-
-def of_numbers(recipe: Recipe):
-    """Numbers out of range."""
-    yield from order.wrong(recipe.seed, batch=recipe.batch)
-    least = {"steps": 1, "weight_decay": 0, "clip": 0, "evaluate_every": 0, "evaluate_batches": 1}
-    for field, bound in (least | {"checkpoint_every": 0, "skip_limit": 1}).items():
-        value = getattr(recipe, field)
-        if not value >= bound or value == float("inf"):
-            yield Problem(field, value, f"must be a finite number of at least {bound}.", str(bound))
-    for field in ("batch", "steps"):
-        if getattr(recipe, field) > MOST:
-            yield Problem(field, getattr(recipe, field), f"must be at most {MOST}.", str(MOST))
-    if recipe.peak_tflops is not None and not 0 < recipe.peak_tflops < float("inf"):
-        yield Problem("peak_tflops", recipe.peak_tflops, "must be a finite number above 0.", "197, or leave it out")
-    if not 0 < recipe.learning_rate <= 100:
-        yield Problem("learning_rate", recipe.learning_rate, "must lie above 0 and not above 100.", "0.003")
-    if recipe.warmup is not None and not 0 <= recipe.warmup <= max(recipe.steps, 1):
-        rule = f"must be at least 0 and not more than steps = {recipe.steps}."
-        yield Problem("warmup", recipe.warmup, rule, f"0 to {recipe.steps}")
-    if recipe.seed >= 2**32:
-        yield Problem("seed", recipe.seed, "must fit in 32 bits.", f"0 to {2**32 - 1}")
-    for field in MODEL_SIZES:
-        value = getattr(recipe.model, field)
-        most = MOST_LAYERS if field == "layers" else MOST
-        if value is not None and not 1 <= value <= most:
-            yield Problem(f"model.{field}", value, f"must lie in 1 to {most}.", "1" if value < 1 else str(most))
-    if recipe.model.dropout is not None and not 0 <= recipe.model.dropout < 1:
-        yield Problem("model.dropout", recipe.model.dropout, "must lie in [0, 1).", "0.1")
-
-
-def _unknown_fields(recipe: Recipe, builder):
-    """Fields that are set although neither the model nor the data has them."""
-    data = Collector([]).attempt(family.pick, "datasets", recipe.data.name)
-    if data is None:  # it may have any field; `_dataset` says what is wrong
-        return
-    own, known = (sorted(family.parameters(member)) for member in (builder, data))
-    for field in dataclasses.fields(recipe.model):
-        value = getattr(recipe.model, field.name)
-        if field.name != "name" and value is not None and field.name not in (*own, *known):
-            rule = f"the model {recipe.model.name} has no such field."
-            yield Problem(f"model.{field.name}", value, rule, near_miss(field.name, own))
-
-
-def _too_few_classes(recipe: Recipe, builder, classes: int):
-    """A vocabulary without some of the labels: their loss would be silently wrong."""
-    vocab = recipe.model.vocab
-    if vocab is not None and 1 <= vocab < classes and "vocab" in family.parameters(builder):
-        yield Problem("model.vocab", vocab, f"must hold the {classes} classes of the data.", f"{classes} or more")
 
 
 def _dataset(recipe: Recipe, data_dir: str | None) -> Dataset:
