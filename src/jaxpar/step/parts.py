@@ -8,8 +8,8 @@ import optax
 
 from jaxpar.core import family, strict
 from jaxpar.core.plan import scheme_of
-from jaxpar.core.recipe import Recipe
-from jaxpar.core.refuse import Collector, refuse
+from jaxpar.core.recipe import Model, Recipe
+from jaxpar.core.refuse import Collector, Problem, refuse
 from jaxpar.core.types import Dataset, Layer, Reducer
 from jaxpar.plan import check, layout
 from jaxpar.plan.context import Settings
@@ -53,11 +53,13 @@ def prepare(recipe: Recipe, data_dir: str | None = None) -> tuple[Parts, Dataset
         Refused: naming every problem that could be found: plan, numbers, names, data, sizes.
     """
     refuse(strict.mistyped(recipe))
-    found = Collector([])
-    dataset = found.attempt(_dataset, recipe, data_dir)
+    of_data, of_rest = Collector([]), Collector([])
+    dataset = of_data.attempt(_dataset, recipe, data_dir)
     if dataset is None:
-        found.attempt(_checked, recipe, None, None, 1)
-        refuse(found.problems)
+        of_rest.attempt(_checked, recipe, None, None, 1)
+        told = {problem.field for problem in of_rest.problems}
+        named = [_in_recipe(problem) for problem in of_data.problems]
+        refuse([*(problem for problem in named if problem.field not in told), *of_rest.problems])
     batch = dataset.batch(0)
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in batch]
     return assemble(recipe, *shapes, dataset.classes), dataset
@@ -162,6 +164,12 @@ def optimizer(recipe: Recipe, model: Layer) -> optax.GradientTransformation:
     make = family.pick("optimizers", recipe.optimizer, "optimizer")
     update = make(learning_rate(recipe), recipe.weight_decay, decayed)
     return optax.chain(optax.clip_by_global_norm(recipe.clip), update) if recipe.clip else update
+
+
+def _in_recipe(problem: Problem) -> Problem:
+    """A problem of a dataset's argument by the name that it has in a recipe."""
+    ours = {field.name for field in dataclasses.fields(Model)} - {"name"}
+    return problem._replace(field=f"model.{problem.field}") if problem.field in ours else problem
 
 
 def _dataset(recipe: Recipe, data_dir: str | None) -> Dataset:
