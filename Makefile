@@ -6,12 +6,13 @@ RUN := .venv/bin/python
 TEST := JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal -q
 INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install -qq
 
-.PHONY: help train test test-all lint clean
+.PHONY: help train test test-all chaos lint clean
 
 help:
 	@echo 'make train     train a small language model            ARGS="--plan data=2,tensor=one_d:2 --steps 100"'
 	@echo 'make test      the quick tests, on simulated devices   ARGS="-k norms"'
 	@echo 'make test-all  the slow tests as well'
+	@echo 'make chaos     kill a run 50 times at random, lose nothing; about six minutes'
 	@echo 'make lint      ruff: rules and formatting'
 	@echo 'make clean     remove .venv and caches; runs and data stay'
 
@@ -23,6 +24,9 @@ test: .venv/.stamp
 
 test-all: .venv/.stamp
 	@$(TEST) -m "" $(ARGS)
+
+chaos: .venv/.stamp
+	@$(RUN) tests/chaos.py $(ARGS)
 
 lint: .venv/.stamp
 	@$(RUN) -m ruff check .
