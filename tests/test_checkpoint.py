@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ import pytest
 from test_resume import assert_same_bits, interrupt, made_up, program_of
 from tiny import TINY
 
+from jaxpar.core.plan import Plan
+from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import Refused
 from jaxpar.train import checkpoint, leaves, lock, manifest
 from jaxpar.train.fit import fit
@@ -291,3 +294,13 @@ def test_what_the_manifest_says(two, running):
     assert found["leaves"]["params/stem/weight"]["shape"] == [64, 16]
     text = json.loads((two / "4" / manifest.NAME).read_text())
     assert set(text) == {"sha256", "format", "step", "files", "leaves", "about"}
+
+
+def test_a_checkpoint_of_an_earlier_version_is_restored_bitwise(running):
+    """Written once, when the format was new; a later version must read it, under any plan."""
+    golden = Path(__file__).parent / "golden" / "checkpoint_format_2"
+    spread = program_of(replace(TINY, plan=Plan.parse("tensor=two_half_d:2x2x2")))
+    for made in (running, spread):
+        found = checkpoint.newest(golden, made, pytest.fail)
+        assert_same_bits(found.state, made_up(running, 3))
+    assert Recipe.from_json(json.dumps(found.manifest["about"]["recipe"])) == TINY
