@@ -94,6 +94,9 @@ def ready(options: Options) -> Callable:
     Raises:
         Refused: if --devices is not what the plan needs.
     """
+    from jaxpar.train.lock import refuse_held
+
+    refuse_held(Path(options.runs_dir).expanduser() / options.name)  # at once: importing jax takes seconds
     from jaxpar.plan import mesh
     from jaxpar.train.cache import use_cache
     from jaxpar.train.fit import fit

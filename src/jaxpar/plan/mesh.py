@@ -73,6 +73,14 @@ def mesh_of(axes: Mapping[str, int]) -> Mesh:
     return compat.make_mesh(tuple(axes.values()), tuple(axes), devices(count))
 
 
+def idle(mesh: Mesh) -> str:
+    """Empty, or what to know of accelerators that are there and not in the mesh: jax itself does not mention them."""
+    one, count = mesh.devices.flat[0], len(jax.devices())
+    if one.platform == "cpu" or count <= mesh.size:
+        return ""
+    return f"note: this plan uses {mesh.size} of {count} devices ({one.device_kind})"
+
+
 def spec(lies: layout.Layout) -> PartitionSpec:
     """A layout as jax writes it."""
     return PartitionSpec(*(axes or None for axes in lies))

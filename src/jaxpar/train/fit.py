@@ -1,6 +1,7 @@
 """Training: from a recipe to a finished run."""
 
 from contextlib import ExitStack
+from pathlib import Path
 
 from jaxpar.core import strict
 from jaxpar.core.recipe import Recipe
@@ -11,7 +12,7 @@ from jaxpar.step.parts import prepare
 from jaxpar.step.program import program as program_of
 from jaxpar.train.ahead import ready
 from jaxpar.train.folder import locate
-from jaxpar.train.lock import locked
+from jaxpar.train.lock import locked, refuse_held
 from jaxpar.train.loop import Outside, loop
 from jaxpar.train.metrics import book
 from jaxpar.train.progress import Report, progress
@@ -50,6 +51,8 @@ def fit(
         NotSaved: if a checkpoint or a line could not be written; the newest good checkpoint is untouched.
     """
     refuse(strict.mistyped(recipe))
+    if name is not None:
+        refuse_held(Path(runs_dir).expanduser() / name)
     mesh.simulate(mesh.needed(recipe.plan) or 1)  # before jax makes its devices
     parts, dataset = prepare(recipe, data_dir)
     folder = locate(recipe, name, runs_dir, overwrite) if name is not None else None
@@ -58,6 +61,8 @@ def fit(
     with ExitStack() as until_done:
         report = report or progress(recipe.steps)
         until_done.callback(report.close)
+        if idle := mesh.idle(program.mesh):
+            report.note(idle)
         if folder:
             until_done.enter_context(locked(folder, report.note))
         asked = until_done.enter_context(stoppable(report.note, wanted=folder is not None))

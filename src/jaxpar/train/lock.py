@@ -65,6 +65,24 @@ def holder(folder: Path) -> dict | None:
         os.close(handle)
 
 
+def refuse_held(folder: Path) -> None:
+    """Raise what `locked` would if another run holds the lock: to be asked early, since it needs no jax and no data.
+
+    Raises:
+        Refused: naming that run's process and machine.
+    """
+    patience = time.monotonic() + PATIENCE_S
+    while found := holder(folder):
+        if time.monotonic() > patience:
+            raise Refused([_held(folder, found)])
+        time.sleep(0.02)
+
+
+def _held(folder: Path, found: dict) -> Problem:
+    rule = f"{folder} is in use by process {found['pid']} on {found['host']}, since {found['since']}."
+    return Problem("name", folder.name, rule, "another --name; or wait for that run, or stop it")
+
+
 def _opened(folder: Path) -> int | None:
     """The locked file; None if it cannot be locked here."""
     patience = time.monotonic() + PATIENCE_S
@@ -78,8 +96,7 @@ def _opened(folder: Path) -> int | None:
         if taken is None:
             return None
         if taken is False and time.monotonic() > patience:
-            rule = f"{folder} is in use by process {found['pid']} on {found['host']}, since {found['since']}."
-            raise Refused([Problem("name", folder.name, rule, "another --name; or wait for that run, or stop it")])
+            raise Refused([_held(folder, found)])
         time.sleep(0.02)
 
 
