@@ -16,6 +16,7 @@ from jaxpar.plan import mesh as meshes
 from jaxpar.plan import padding
 from jaxpar.plan.layout import rows
 from jaxpar.step.gradients import Found, evaluate, gradients
+from jaxpar.step.partition import partition
 from jaxpar.step.parts import Parts
 
 
@@ -31,7 +32,7 @@ class Program(NamedTuple):
         place: `place((inputs, labels)) -> batch` on the devices, `[microbatches, examples, ...]`.
         step: jitted `step(state, batch) -> (state, metrics)`; the state is donated.
         evaluate: jitted `evaluate(params, extra, batch) -> (nats, labels)`.
-        gradients: jitted `gradients(state, batch) -> Found`: the part inside shard_map, for tests and the bill.
+        gradients: jitted `gradients(state, batch) -> Found`: the part that the layers are in, for tests and the bill.
     """
 
     mesh: Mesh
@@ -49,6 +50,7 @@ def program(parts: Parts) -> Program:
     """Lay the model out over the devices of its plan and put the step together."""
     placement, model = parts.settings.placement, parts.model
     mesh = meshes.mesh_of(placement.scheme.axes)
+    settings, spread = partition(parts.partition, parts.settings, mesh)
     param_specs, extra_specs = (meshes.parameter_specs(placement, dims) for dims in model.dims)
     batch_specs = _batch_specs(placement, parts)
 
@@ -62,14 +64,13 @@ def program(parts: Parts) -> Program:
     unpadded = jax.eval_shape(lambda seed: _state(parts, *model.init(jax.random.key(seed))), 0)
 
     @partial(
-        jax.shard_map,
-        mesh=mesh,
+        spread,
         in_specs=(param_specs, extra_specs, specs.comm, batch_specs, PartitionSpec()),
         out_specs=(PartitionSpec(), param_specs, extra_specs, specs.comm),
     )
     def found(params, extra, comm, batch, step):
         key = jax.random.fold_in(jax.random.key(parts.seed), step)
-        return tuple(gradients(model, parts.settings, parts.reducer, params, extra, comm, batch, key))
+        return tuple(gradients(model, settings, parts.reducer, params, extra, comm, batch, key))
 
     def step(state, batch):
         loss, grads, extra, comm = found(state.params, state.extra, state.comm, batch, state.step)
@@ -78,9 +79,8 @@ def program(parts: Parts) -> Program:
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
         return State(state.step + 1, params, extra, opt, comm), metrics
 
-    measured = jax.shard_map(
-        partial(evaluate, model, parts.settings),
-        mesh=mesh,
+    measured = spread(
+        partial(evaluate, model, settings),
         in_specs=(param_specs, extra_specs, batch_specs),
         out_specs=(PartitionSpec(), PartitionSpec()),
     )
