@@ -114,17 +114,30 @@ def _state(parts: Parts, params, extra) -> State:
 
 
 def _state_specs(parts: Parts, shapes: State, param_specs, extra_specs) -> State:
-    """Specs of a whole State; what the optimizer keeps per parameter lies where the parameter does."""
+    """Specs of a whole State."""
     whole = PartitionSpec()
-    opt = optax.tree_map_params(
-        parts.optimizer,
-        lambda leaf, spec: leaf if _is_masked(leaf) else spec,
-        shapes.opt,
-        param_specs,
-        transform_non_params=lambda _: whole,
-        is_leaf=_is_masked,
-    )
+    opt = optimizer_places(parts.optimizer, shapes.opt, shapes.params, param_specs, whole)
     return State(whole, param_specs, extra_specs, opt, jax.tree.map(lambda _: whole, shapes.comm))
+
+
+def optimizer_places(optimizer: optax.GradientTransformation, opt, params, places, whole):
+    """Where an optimizer's state lies: what it keeps per parameter, in its shape, where that parameter does.
+
+    Args:
+        optimizer: whose state it is.
+        opt, params: shapes of the state and of the parameters.
+        places: of the parameters: a tree of specs or shardings.
+        whole: the same for what lies in whole copies, such as counts, or the factors of a second moment.
+    """
+
+    def place(leaf, param, own):
+        if _is_masked(leaf):
+            return leaf
+        return own if leaf.shape == param.shape else whole
+
+    return optax.tree_map_params(
+        optimizer, place, opt, params, places, transform_non_params=lambda _: whole, is_leaf=_is_masked
+    )
 
 
 def _is_masked(node) -> bool:
