@@ -230,17 +230,17 @@ def main(options) -> None:
     from jaxpar.plan.mesh import devices, needed
     from jaxpar.train.cache import use_cache
 
-    recipe, chosen = options.recipe, str(options.recipe.plan)
-    own = needed(recipe.plan) if chosen != "data=1" else 0
-    if own and options.devices not in (None, own):
-        raise Refused([Problem("devices", options.devices, f"the plan {chosen} needs {own}.", f"{own}")])
-    counts = (own,) if own else (options.devices,) if options.devices else DEVICES
-    work = [(count, plan) for count in counts for plan in ([chosen] if own else plans(count))]
+    recipe = replace(options.recipe, plan=replace(options.recipe.plan, partition="manual"))
+    _, dataset = prepare(recipe, options.data_dir)
+    one, own = recipe.plan != Plan(), needed(recipe.plan)
+    if one and options.devices not in (None, own):
+        raise Refused([Problem("devices", options.devices, f"the plan {recipe.plan} needs {own}.", f"{own}")])
+    counts = (own,) if one else (options.devices,) if options.devices else DEVICES
+    work = [(count, plan) for count in counts for plan in ([str(recipe.plan)] if one else plans(count))]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA tells at length which layouts it cannot reach well
     devices(max(counts))  # all are made here; a plan takes as many as it needs
     use_cache()
     alone = replace(recipe, plan=Plan())
-    _, dataset = prepare(alone, options.data_dir)
     folder, batch = folder_of(options), dataset.batch(0)
     first, reference = measure(alone, batch, dataset.classes, None)
     print(f"one device: {first['step_ms']:.1f} ms, {first['memory'] / 1e6:.2f} MB\n\n{written()}")
