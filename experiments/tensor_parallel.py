@@ -228,15 +228,18 @@ def main(options) -> None:
     """Measure every tensor-parallel scheme on several meshes of simulated devices."""
     from jaxpar import prepare
     from jaxpar.plan.mesh import devices, needed
+    from jaxpar.step.parts import assemble
     from jaxpar.train.cache import use_cache
 
     recipe = replace(options.recipe, plan=replace(options.recipe.plan, partition="manual"))
-    _, dataset = prepare(recipe, options.data_dir)
+    parts, dataset = prepare(recipe, options.data_dir)
     one, own = recipe.plan != Plan(), needed(recipe.plan)
     if one and options.devices not in (None, own):
         raise Refused([Problem("devices", options.devices, f"the plan {recipe.plan} needs {own}.", f"{own}")])
     counts = (own,) if one else (options.devices,) if options.devices else DEVICES
     work = [(count, plan) for count in counts for plan in ([str(recipe.plan)] if one else plans(count))]
+    for _, plan in work:  # refused now, rather than after those before it
+        assemble(replace(recipe, plan=Plan.parse(plan)), parts.inputs, parts.labels, dataset.classes)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA tells at length which layouts it cannot reach well
     devices(max(counts))  # all are made here; a plan takes as many as it needs
     use_cache()
