@@ -22,6 +22,8 @@ _PUBLIC = {
     "simulate": "plan.mesh",
     "Parts": "step.parts",
     "prepare": "step.parts",
+    "Parallel": "step.parallelize",
+    "parallelize": "step.parallelize",
     "Program": "step.program",
     "program": "step.program",
     "Run": "train.run",

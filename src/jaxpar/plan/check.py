@@ -14,7 +14,7 @@ from jaxpar.plan import layout
 from jaxpar.plan.layout import Placement
 
 FIELD = {"embed": "model.width", "heads": "model.width", "mlp": "model.hidden", "channels": "model.hidden"}
-LANDED = ("data", "tensor", "microbatches", "regather", "unroll", "precision", "reducer")  # others keep their default
+LANDED = ("data", "tensor", "microbatches", "regather", "unroll", "precision", "partition", "reducer")
 CHOICES = {"unroll": ("auto", "true", "false"), "partition": ("manual", "auto")}
 
 
@@ -30,12 +30,26 @@ def of_plan(plan: Plan) -> Iterator[Problem]:
             yield Problem(name, value, "is not a choice.", near_miss(value, CHOICES[field.name]))
         elif isinstance(value, int) and not isinstance(value, bool) and value < least:
             yield Problem(name, value, f"must be at least {least}.", str(least))
+    yield from _of_auto(plan)
     for field, folder in (("precision", "policies"), ("reducer", "reducers")):
         name = getattr(plan, field)
         if ".py:" not in name and name not in family.names(folder):
             yield Problem(
                 f"plan.{field}", name, f"there is no such file in {folder}/.", near_miss(name, family.names(folder))
             )
+
+
+def _of_auto(plan: Plan) -> Iterator[Problem]:
+    """Fields about collectives, which a plan that leaves them to XLA cannot choose."""
+    left = {
+        "regather": "XLA decides what is gathered again",
+        "reducer": "gradients arrive summed over data",
+    }
+    for field, why in left.items() if plan.partition == "auto" else ():
+        value, default = getattr(plan, field), getattr(Plan, field)
+        if value != default:
+            legal = f"{field}={str(default).lower()}; or partition=manual"
+            yield Problem(f"plan.{field}", str(value).lower(), f"under partition=auto {why}.", legal)
 
 
 def of_rows(placement: Placement, plan: Plan, batch: int, context: int | None) -> Iterator[Problem]:

@@ -28,6 +28,10 @@ class Placement(NamedTuple):
     whole: frozenset[str] = frozenset()
 
 
+# All whole, on no axes: what one device sees that is alone, or a program on global arrays.
+SINGLE = Placement(Scheme(axes={}, outer=((), ()), inner=((), ()), up=((), ()), down=((), ())))
+
+
 def place(scheme: Scheme, data: int, sizes: Mapping[str, int]) -> Placement:
     """Lead both row layouts by a `data` axis, drop axes of size 1, and decide what lies on the context.
 

@@ -26,6 +26,9 @@ class Settings(NamedTuple):
         first_example: global index of the first example of this microbatch.
         unroll: run the blocks of a stack one by one (True), in one scan (False), or as is faster (None).
         regather: inside that scan, gather again in the backward pass.
+        constrain: `constrain(a, dims, role)`: the array itself, but where XLA decides the collectives: an operand or
+            result of a product, held to the scheme's layout. `role` is `"weight"`, `"activation"`, or `"rows"` for
+            ids that stand for activations with the features `dims`.
     """
 
     placement: Placement
@@ -36,6 +39,7 @@ class Settings(NamedTuple):
     first_example: Any = 0
     unroll: bool | None = None
     regather: bool = True
+    constrain: Callable = lambda a, dims, role: a
 
 
 class Held(NamedTuple):
@@ -99,6 +103,7 @@ def _product(settings: Settings, multiply: Callable, x, weights, names) -> list:
     shared = layout.axes_of(*(at for one in routes for at in one[:3]))
     trained = not site.startswith("-")  # whole features are data: nothing upstream of them is trained
     x = policy.cast(x if trained else lax.stop_gradient(x), "activation")
+    x = settings.constrain(x, names[0].split()[0], "activation")
     x = wire.vary(x, _but(shared, layout.axes_of(first)), f"x of {site}", trained)
 
     gathered, results = {}, []
@@ -108,7 +113,7 @@ def _product(settings: Settings, multiply: Callable, x, weights, names) -> list:
         if wanted not in gathered:
             gathered[wanted] = _move(settings, x, *wanted, f"x of {site}", trained=trained)
         w = w.array if isinstance(w, Held) else _fetch(settings, w, dims, one.w, moves, shared)
-        results.append(_finish(wire, policy.dot(multiply, gathered[wanted], w), moves, dims))
+        results.append(_finish(settings, policy.dot(multiply, gathered[wanted], w), moves, dims))
     return results
 
 
@@ -129,17 +134,18 @@ def _move(settings: Settings, a, gathers: tuple[Step, ...], keeps: tuple[Step, .
 def _fetch(settings: Settings, w, dims: str, own: Layout, moves: Moves, shared: Axes):
     """Cast, mark as varying, then gather: so fewer bytes travel, and gradients are scattered before they are summed."""
     missing = _but(shared, layout.axes_of(own), layout.replicas(settings.placement))
-    w = settings.wire.vary(settings.policy.cast(w, "weight"), missing, f"w of {dims}")
+    w = settings.constrain(settings.policy.cast(w, "weight"), dims, "weight")
+    w = settings.wire.vary(w, missing, f"w of {dims}")
     first = w.ndim - 2
     gathers, keeps = (tuple((first + dim, axis) for dim, axis in steps) for steps in (moves.gather_w, moves.keep_w))
     return _move(settings, w, gathers, keeps, f"w of {dims}", fixed=True)
 
 
-def _finish(wire: Wire, y, moves: Moves, dims: str):
+def _finish(settings: Settings, y, moves: Moves, dims: str):
     """Scatter partial sums to where they are wanted; sum what is left."""
     for dim, axis in moves.scatter:
-        y = wire.scatter(y, dim, axis, f"y of {dims}")
-    return wire.total(y, moves.total, f"y of {dims}")
+        y = settings.wire.scatter(y, dim, axis, f"y of {dims}")
+    return settings.constrain(settings.wire.total(y, moves.total, f"y of {dims}"), dims.split()[1], "activation")
 
 
 def hold_of(settings: Settings) -> Callable:
@@ -166,8 +172,9 @@ def lookup_of(settings: Settings) -> Callable:
         moves = derive((*in_rows, split), own, y_layout)
         table = _fetch(settings, table, dims, own, moves, moves.vary)
         ids = _move(settings, ids, moves.gather_x, moves.keep_x, "ids")
+        ids = settings.constrain(ids, "embed", "rows")
         near, inside = local_ids(ids, offset(settings, split, table.shape[0]), table.shape[0])
-        return _finish(settings.wire, jnp.where(inside[..., None], jnp.take(table, near, axis=0), 0), moves, dims)
+        return _finish(settings, jnp.where(inside[..., None], jnp.take(table, near, axis=0), 0), moves, dims)
 
     return lookup
 

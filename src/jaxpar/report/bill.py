@@ -11,12 +11,12 @@ class Bill(NamedTuple):
     """Bytes that one device sends in one step.
 
     Attributes:
-        predicted: from layouts and shapes, before anything was compiled.
+        predicted: from layouts and shapes, before anything was compiled; None where XLA decides the collectives.
         compiled: counted in the text of the compiled step.
         unknown: what the text says that could not be counted; if there is any, `compiled` may be too low.
     """
 
-    predicted: Cost
+    predicted: Cost | None
     compiled: Cost
     unknown: tuple[str, ...]
 
@@ -24,13 +24,14 @@ class Bill(NamedTuple):
 def bill(parts: Parts, text: str) -> Bill:
     """The bill of the step whose compiled program is `text` (`compiled.as_text()`)."""
     counted = hlo.count(text, parts.settings.placement.scheme.axes or {"data": 1})
-    return Bill(account.predicted(parts), Cost(counted.sent), counted.unknown)
+    predicted = account.predicted(parts) if parts.partition == "manual" else None
+    return Bill(predicted, Cost(counted.sent), counted.unknown)
 
 
 def as_json(bill: Bill) -> dict:
-    """`{"predicted": {axis: {collective: bytes}}, "compiled": ..., "warnings": [...]}`."""
+    """`{"predicted": {axis: {collective: bytes}} or None, "compiled": ..., "warnings": [...]}`."""
     return {
-        "predicted": _by_axis(bill.predicted),
+        "predicted": _by_axis(bill.predicted) if bill.predicted else None,
         "compiled": _by_axis(bill.compiled),
         "warnings": [*bill.unknown, *differences(bill)],
     }
@@ -41,22 +42,25 @@ def differences(bill: Bill) -> list[str]:
     return [
         f"{kind} over {axes}: predicted {predicted:,.0f} bytes, compiled {compiled:,.0f}"
         for axes, kind, predicted, compiled in rows(bill)
-        if abs(predicted - compiled) > 0.5
+        if predicted is not None and abs(predicted - compiled) > 0.5
     ]
 
 
-def rows(bill: Bill) -> list[tuple[str, str, float, float]]:
-    """(axes, collective, predicted, compiled) in bytes, sorted."""
-    keys = sorted({**bill.predicted.sent, **bill.compiled.sent})
-    return [(*key, bill.predicted.sent.get(key, 0.0), bill.compiled.sent.get(key, 0.0)) for key in keys]
+def rows(bill: Bill) -> list[tuple[str, str, float | None, float]]:
+    """(axes, collective, predicted, compiled) in bytes, sorted; None if nothing was predicted."""
+    predicted = bill.predicted.sent if bill.predicted else None
+    keys = sorted({**(predicted or {}), **bill.compiled.sent})
+    first = [None if predicted is None else predicted.get(key, 0.0) for key in keys]
+    return [(*key, before, bill.compiled.sent.get(key, 0.0)) for key, before in zip(keys, first, strict=True)]
 
 
 def table(bill: Bill) -> str:
     """Aligned text, a row per axis and collective and one for the sum."""
-    total = ("all", "", bill.predicted.total_sent, bill.compiled.total_sent)
+    total = ("all", "", bill.predicted and bill.predicted.total_sent, bill.compiled.total_sent)
     lines = [f"{'mesh axes':<14}{'collective':<16}{'predicted':>14}{'compiled':>14}  bytes per device and step"]
     lines += [
-        f"{axes:<14}{kind:<16}{first:>14,.0f}{second:>14,.0f}" for axes, kind, first, second in [*rows(bill), total]
+        f"{axes:<14}{kind:<16}{'n/a' if first is None else f'{first:,.0f}':>14}{second:>14,.0f}"
+        for axes, kind, first, second in [*rows(bill), total]
     ]
     return "\n".join([*lines, *(f"warning: {sentence}" for sentence in (*bill.unknown, *differences(bill)))])
 

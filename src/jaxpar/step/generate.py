@@ -7,13 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpar.core.scheme import Scheme
 from jaxpar.core.types import Layer, Tree
 from jaxpar.plan.context import context
-from jaxpar.plan.layout import Placement
+from jaxpar.plan.layout import SINGLE
 from jaxpar.plan.product import Settings
-
-SINGLE = Placement(Scheme(axes={}, outer=((), ()), inner=((), ()), up=((), ()), down=((), ())))
 
 
 class Trained(NamedTuple):

@@ -30,6 +30,7 @@ class Parts(NamedTuple):
         settings: what the Context is made of.
         norms: how often a step takes the norm of all gradients: to report it, and to clip.
         microbatches: parts of a batch.
+        partition: who decides the collectives: `manual` or `auto`.
         seed: of the run.
         inputs: shape and dtype of the inputs of one batch.
         labels: the same of its labels.
@@ -41,6 +42,7 @@ class Parts(NamedTuple):
     settings: Settings
     norms: int
     microbatches: int
+    partition: str
     seed: int
     inputs: jax.ShapeDtypeStruct
     labels: jax.ShapeDtypeStruct
@@ -90,7 +92,9 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
     refuse(checks.other_data(recipe, model, settings, (inputs, labels)))
     reducer = family.pick("reducers", plan.reducer)()
     update, norms = optimizer(recipe, model), 1 + bool(recipe.clip)
-    return Parts(model, update, reducer, settings, norms, plan.microbatches, recipe.seed, inputs, labels)
+    return Parts(
+        model, update, reducer, settings, norms, plan.microbatches, plan.partition, recipe.seed, inputs, labels
+    )
 
 
 def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Placement]:

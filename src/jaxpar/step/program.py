@@ -16,6 +16,7 @@ from jaxpar.plan import mesh as meshes
 from jaxpar.plan import padding
 from jaxpar.plan.layout import rows
 from jaxpar.step.gradients import Found, evaluate, gradients
+from jaxpar.step.partition import partition
 from jaxpar.step.parts import Parts
 
 
@@ -32,7 +33,7 @@ class Program(NamedTuple):
         step: jitted `step(state, batch) -> (state, metrics)`; the state is donated. If the loss or a gradient is no
             number, nothing but the count of steps changes, and `metrics["skipped"]` says so.
         evaluate: jitted `evaluate(params, extra, batch) -> (nats, labels)`.
-        gradients: jitted `gradients(state, batch) -> Found`: the part inside shard_map, for tests and the bill.
+        gradients: jitted `gradients(state, batch) -> Found`: the part that the layers are in, for tests and the bill.
     """
 
     mesh: Mesh
@@ -50,6 +51,7 @@ def program(parts: Parts) -> Program:
     """Lay the model out over the devices of its plan and put the step together."""
     placement, model = parts.settings.placement, parts.model
     mesh = meshes.mesh_of(placement.scheme.axes)
+    settings, spread = partition(parts.partition, parts.settings, mesh)
     param_specs, extra_specs = (meshes.parameter_specs(placement, dims) for dims in model.dims)
     batch_specs = _batch_specs(placement, parts)
 
@@ -63,14 +65,13 @@ def program(parts: Parts) -> Program:
     unpadded = jax.eval_shape(lambda seed: _state(parts, *model.init(jax.random.key(seed))), 0)
 
     @partial(
-        jax.shard_map,
-        mesh=mesh,
+        spread,
         in_specs=(param_specs, extra_specs, specs.comm, batch_specs, PartitionSpec()),
         out_specs=(PartitionSpec(), param_specs, extra_specs, specs.comm),
     )
     def found(params, extra, comm, batch, step):
         key = jax.random.fold_in(jax.random.key(parts.seed), step)
-        return tuple(gradients(model, parts.settings, parts.reducer, params, extra, comm, batch, key))
+        return tuple(gradients(model, settings, parts.reducer, params, extra, comm, batch, key))
 
     def step(state, batch):
         loss, grads, extra, comm = found(state.params, state.extra, state.comm, batch, state.step)
@@ -81,9 +82,8 @@ def program(parts: Parts) -> Program:
         new = jax.tree.map(lambda new, old: jnp.where(fine, new, old), (params, extra, opt, comm), state[1:])
         return State(state.step + 1, *new), {"loss": loss, "grad_norm": norm, "skipped": ~fine}
 
-    measured = jax.shard_map(
-        partial(evaluate, model, parts.settings),
-        mesh=mesh,
+    measured = spread(
+        partial(evaluate, model, settings),
         in_specs=(param_specs, extra_specs, batch_specs),
         out_specs=(PartitionSpec(), PartitionSpec()),
     )
@@ -117,17 +117,30 @@ def _state(parts: Parts, params, extra) -> State:
 
 
 def _state_specs(parts: Parts, shapes: State, param_specs, extra_specs) -> State:
-    """Specs of a whole State; what the optimizer keeps per parameter lies where the parameter does."""
+    """Specs of a whole State."""
     whole = PartitionSpec()
-    opt = optax.tree_map_params(
-        parts.optimizer,
-        lambda leaf, spec: leaf if _is_masked(leaf) else spec,
-        shapes.opt,
-        param_specs,
-        transform_non_params=lambda _: whole,
-        is_leaf=_is_masked,
-    )
+    opt = optimizer_places(parts.optimizer, shapes.opt, shapes.params, param_specs, whole)
     return State(whole, param_specs, extra_specs, opt, jax.tree.map(lambda _: whole, shapes.comm))
+
+
+def optimizer_places(optimizer: optax.GradientTransformation, opt, params, places, whole):
+    """Where an optimizer's state lies: what it keeps per parameter, in its shape, where that parameter does.
+
+    Args:
+        optimizer: whose state it is.
+        opt, params: shapes of the state and of the parameters.
+        places: of the parameters: a tree of specs or shardings.
+        whole: the same for what lies in whole copies, such as counts, or the factors of a second moment.
+    """
+
+    def place(leaf, param, own):
+        if _is_masked(leaf):
+            return leaf
+        return own if leaf.shape == param.shape else whole
+
+    return optax.tree_map_params(
+        optimizer, place, opt, params, places, transform_non_params=lambda _: whole, is_leaf=_is_masked
+    )
 
 
 def _is_masked(node) -> bool:
