@@ -21,8 +21,8 @@ from jaxpar.core.refuse import Refused
 from jaxpar.report import bill, hlo
 from jaxpar.step.parts import prepare
 from jaxpar.train.fit import fit
-from jaxpar.train.interrupt import Interrupted
 from jaxpar.train.progress import quiet
+from jaxpar.train.stop import Interrupted
 
 LISTED = (*MESHES, "data=8", "data=2,tensor=fsdp:4", "data=2,tensor=three_d:1x2x2")
 SCHEMES = {name: [mesh for mesh in LISTED if f"tensor={name}" in mesh] for name in family.names("schemes")}

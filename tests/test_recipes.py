@@ -168,6 +168,7 @@ PLANS = st.builds(
     unroll=st.sampled_from(["auto", "true", "maybe"]),
     precision=st.sampled_from(["fp32", "bf16", "fp33"]),
     remat=st.sampled_from(["none", "none", "none", "block"]),
+    partition=st.sampled_from(["manual", "auto"]),
 )
 NUMBERS = {
     "batch": [8, 16, 4, 1, 0, 10**9],

@@ -4,8 +4,8 @@ import math
 
 import jax
 
+from jaxpar.plan.layout import SINGLE
 from jaxpar.plan.wire import device_wire
-from jaxpar.step.generate import SINGLE
 from jaxpar.step.objective import nats
 from jaxpar.step.parts import Parts
 

@@ -9,8 +9,8 @@ from jaxpar.core import family, order
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import Collector, Problem, near_miss
 from jaxpar.core.types import Layer
+from jaxpar.plan.layout import SINGLE
 from jaxpar.plan.product import Settings
-from jaxpar.step.generate import SINGLE
 from jaxpar.step.objective import nats
 
 MOST, MOST_LAYERS = 2**31 - 1, 10_000  # whole numbers on devices have 32 bits; a model is built layer by layer
