@@ -19,7 +19,7 @@ import tyro
 from jaxpar.core import family
 from jaxpar.core.plan import Plan
 from jaxpar.core.recipe import Recipe
-from jaxpar.core.refuse import Problem, Refused, near_miss
+from jaxpar.core.refuse import Problem, Refused, near_miss, refuse
 
 PACKAGE = Path(__file__).parent
 HEAD = "jaxpar: write a model once; choose by name how it is laid out over devices; get the same numbers."
@@ -130,6 +130,7 @@ def ready(options: Options) -> Callable:
 
     refuse_held(Path(options.runs_dir).expanduser() / options.name)  # at once: importing jax takes seconds
     from jaxpar.plan import mesh
+    from jaxpar.train import sinks
     from jaxpar.train.cache import use_cache
     from jaxpar.train.fit import fit
 
@@ -144,15 +145,8 @@ def ready(options: Options) -> Callable:
             problems.append(
                 Problem(field, value, "must be a number above 0.", f"60, or no --{field.replace('_', '-')}")
             )
-    names = tuple(name.strip() for name in kept.sinks.split(",") if name.strip())
-    known = family.names("sinks")
-    problems += [
-        Problem("sinks", name, "there is no such file in sinks/.", near_miss(name, known))
-        for name in names
-        if name not in known
-    ]
-    if problems:
-        raise Refused(problems)
+    names = tuple(filter(None, (name.strip() for name in kept.sinks.split(","))))
+    refuse([*problems, *sinks.wrong(names)])
     mesh.simulate(needed or 1)
     if warning := use_cache():
         print(f"warning: {warning}", file=sys.stderr)
