@@ -50,7 +50,7 @@ def _done(
         if name not in known
     )
     refuse([*missing, *(files.wrong_folder(data_dir) if action != "get" else ())])
-    folder = files.cache_folder() if data_dir is None else Path(data_dir).expanduser()
+    folder = files.cache_folder() if data_dir is None else Path(os.path.expanduser(data_dir))
     wanted = {name: declared(name) for name in names or known}
     return {"list": _list, "get": _get, "verify": _verify}[action](wanted, folder, bool(names))
 

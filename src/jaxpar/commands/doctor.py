@@ -43,7 +43,7 @@ def doctor(argv: Sequence[str] = ()) -> int | None:
 
 def _told(runs_dir: Annotated[str, arg(help="folder of all runs.")] = "runs") -> int | None:
     broken = 0
-    for line in checks(Path(runs_dir).expanduser()):
+    for line in checks(Path(os.path.expanduser(runs_dir))):
         broken += bool(line.fix)
         print(f"fix  {line.text}: {line.fix}" if line.fix else f"ok   {line.text}", flush=True)
     print("all is well" if not broken else f"{broken} to fix: do what stands after the colon, then run this again")

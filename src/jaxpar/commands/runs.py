@@ -5,6 +5,7 @@ python -m jaxpar runs square cube --png compare.png
 """
 
 import dataclasses
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,9 @@ def _listed(
     if len(names) > 1:
         print("", _differences(found), sep="\n")
     if found and (names or png):
-        print("", f"picture: {_picture(found, Path(png or Path(runs_dir) / 'compare.png').expanduser())}", sep="\n")
+        print(
+            "", f"picture: {_picture(found, Path(os.path.expanduser(png or Path(runs_dir) / 'compare.png')))}", sep="\n"
+        )
 
 
 def _all(runs_dir: str) -> tuple[list[Record], list[str]]:

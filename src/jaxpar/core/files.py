@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 from urllib import request
+from urllib.error import HTTPError
 
 from jaxpar.core.refuse import Problem, Refused
 
@@ -145,6 +146,8 @@ def _download(file: File, path: Path) -> bytes:
         with https_opener().open(file.url, timeout=TIMEOUT_S) as answer:
             data = _body(answer, file.size + 1)
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # it is the answer as well
         raise _refusal(file, path, f"is missing, and its download failed ({error or type(error).__name__})") from error
     if fault := _fault(file, len(data), hashlib.new(_algorithm(file), data).hexdigest()):
         raise _refusal(file, path, f"is missing, and its download, stopped at {file.size + 1:,} bytes, was {fault}")

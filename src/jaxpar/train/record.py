@@ -70,8 +70,8 @@ def find(run: str, runs_dir: str) -> Path:
     Raises:
         Refused: if there is no run there, with the likeliest name.
     """
-    given = Path(run).expanduser()
-    named = Path(runs_dir).expanduser() / run
+    given = Path(os.path.expanduser(run))
+    named = Path(os.path.expanduser(runs_dir)) / run
     if folder.NAME.fullmatch(run) and run not in (".", "..") and (named / folder.RECIPE).is_file():
         return named
     if (given / folder.RECIPE).is_file():
@@ -87,7 +87,7 @@ def folders(runs_dir: str) -> list[Path]:
     Raises:
         Refused: if `runs_dir` cannot be read.
     """
-    path = Path(runs_dir).expanduser()
+    path = Path(os.path.expanduser(runs_dir))
     try:
         return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except FileNotFoundError:
