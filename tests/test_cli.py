@@ -101,7 +101,8 @@ def test_an_experiment_gets_its_recipe_and_fit(tmp_path):
     cli.runner(Recipe(), main, argv=["--steps", "3", "--plan", "data=2", "--devices", "2", "--runs-dir", str(tmp_path)])
     ((recipe, bound),) = seen
     assert recipe == Recipe(steps=3, plan=Plan(data=2)) and bound.func is fit
-    assert bound.keywords == {"name": "test_cli", "runs_dir": str(tmp_path), "data_dir": None, "overwrite": False}
+    wanted = {"name": "test_cli", "runs_dir": str(tmp_path), "data_dir": None, "overwrite": False, "watchdog": None}
+    assert bound.keywords == wanted
 
 
 @pytest.mark.parametrize(

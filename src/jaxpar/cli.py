@@ -4,7 +4,6 @@ Nothing here imports jax before the flags are read, so that `--help` and a missp
 """
 
 import functools
-import math
 import os
 import sys
 import traceback
@@ -37,9 +36,8 @@ class Kept:
         runs_dir: folder of all runs.
         data_dir: folder with the files of the dataset; by default the dataset's own.
         overwrite: delete the run that has this name, and start anew.
-        watchdog: seconds in which a step must end, else stop with exit code 76 and say where it hangs.
+        watchdog: seconds in which something must be finished, else end with exit code 76 and say where it hangs.
         sinks: further places for metrics, of csv, tensorboard and wandb, with commas between.
-        peak_tflops: of one device, for the share of its peak that the run reaches.
     """
 
     name: Annotated[str, _bare]
@@ -49,7 +47,6 @@ class Kept:
     overwrite: Annotated[bool, _bare] = False
     watchdog: Annotated[float | None, _bare] = None
     sinks: Annotated[str, _bare] = ""
-    peak_tflops: Annotated[float | None, _bare] = None
 
 
 @dataclass(frozen=True)
@@ -139,20 +136,13 @@ def ready(options: Options) -> Callable:
     if needed and kept.devices not in (None, needed):
         legal = f"{needed}, or no --devices; or a plan for {kept.devices}"
         problems.append(Problem("devices", kept.devices, f"the plan {plan} needs {needed}.", legal))
-    for field in ("watchdog", "peak_tflops"):
-        value = getattr(kept, field)
-        if value is not None and not 0 < value < math.inf:
-            problems.append(
-                Problem(field, value, "must be a number above 0.", f"60, or no --{field.replace('_', '-')}")
-            )
     names = tuple(filter(None, (name.strip() for name in kept.sinks.split(","))))
     refuse([*problems, *sinks.wrong(names)])
     mesh.simulate(needed or 1)
     if warning := use_cache():
         print(f"warning: {warning}", file=sys.stderr)
-    keywords = {field: getattr(kept, field) for field in ("name", "runs_dir", "data_dir", "overwrite")}
-    others = {"watchdog": kept.watchdog, "sinks": names, "peak_tflops": kept.peak_tflops}
-    return functools.partial(fit, **keywords, **{field: value for field, value in others.items() if value})
+    keywords = {field: getattr(kept, field) for field in ("name", "runs_dir", "data_dir", "overwrite", "watchdog")}
+    return functools.partial(fit, **keywords, **({"sinks": names} if names else {}))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from jaxpar import cli
+from jaxpar.core.refuse import refuse
 from jaxpar.train import record
 
 
@@ -36,11 +37,11 @@ def _written(
     folder = record.find(run, runs_dir)
     from jaxpar.plan import mesh
     from jaxpar.train import cache
-    from jaxpar.train.sample import restored
-    from jaxpar.train.sample import sample as continued
+    from jaxpar.train import sample as writing
 
+    settings = {"count": count, "temperature": temperature, "top_k": top_k, "seed": seed}
+    refuse(writing.wrong(prompt, **settings))
     mesh.simulate(1)
     if warning := cache.use_cache():
         print(f"warning: {warning}", file=sys.stderr)
-    settings = {"count": count, "temperature": temperature, "top_k": top_k, "seed": seed}
-    print(continued(restored(folder, step), prompt, **settings))
+    print(writing.sample(writing.restored(folder, step), prompt, **settings))

@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import traceback
 from collections.abc import Callable, Mapping
@@ -93,13 +94,16 @@ def _from_file(family: str, name: str, field: str) -> Callable[..., Any]:
     try:
         module = _run(path, Path(path).stat().st_mtime_ns)
     except SyntaxError as error:
-        raise refusal(f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}.") from error
+        where = path if _same(error.filename, path) else error.filename
+        raise refusal(f"{where}:{error.lineno}: {type(error).__name__}: {error.msg}.") from error
     except (Exception, SystemExit) as error:
-        inside = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        inside = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if _same(frame.filename, path)]
         line = inside[-1] if inside else 1
         raise refusal(f"{path}:{line}: {type(error).__name__}: {error}.") from error
     if not hasattr(module, attribute):
-        defined = [public for public in vars(module) if not public.startswith("_")]
+        defined = [
+            public for public, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
+        ]
         raise refusal(f"{path} defines no `{attribute}`.", near_miss(attribute, defined))
     member = getattr(module, attribute)
     if not inspect.isfunction(member):
@@ -108,6 +112,10 @@ def _from_file(family: str, name: str, field: str) -> Callable[..., Any]:
         )
     where = f"{path}:{inspect.unwrap(member).__code__.co_firstlineno}"
     return _guarded(member, where, MADE.get(family, ""), refusal)
+
+
+def _same(one: str | None, other: str) -> bool:
+    return bool(one) and os.path.abspath(one) == os.path.abspath(other)
 
 
 @functools.lru_cache(maxsize=64)

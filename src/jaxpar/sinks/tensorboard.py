@@ -23,7 +23,7 @@ def tensorboard(folder: Path, recipe: dict, lines: list[dict]) -> Sink:
 
     def write(line: dict) -> None:
         for name, value in line.items():
-            if name != "step":
+            if name != "step" and isinstance(value, int | float):  # null: an update that was skipped
                 writer.add_scalar(name, value, line["step"])
 
     return Sink(write, writer.close)

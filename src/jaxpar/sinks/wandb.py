@@ -42,7 +42,8 @@ def wandb(folder: Path, recipe: dict, lines: list[dict]) -> Sink:
 
     def write(line: dict) -> None:
         if line["step"] >= first:
-            run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+            values = {name: value for name, value in line.items() if name != "step" and value is not None}
+            run.log(values, step=line["step"])
 
     return Sink(write, run.finish)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import Problem, Refused, near_miss
-from jaxpar.train import folder
+from jaxpar.train import folder, lock
 
 
 class Record(NamedTuple):
@@ -46,8 +46,8 @@ def recipe(path: Path, field: str = "recipe") -> Recipe:
         raise Refused([problem._replace(rule=f"{problem.rule} ({path})") for problem in refused.problems]) from refused
     except OSError as error:
         rule = f"cannot be read: {error.strerror or error}."
-    except (ValueError, KeyError, TypeError) as error:
-        rule = f"is no recipe that this version can read: {error}."
+    except UnicodeDecodeError as error:
+        rule = f"is no text: {error}."
     raise Refused([Problem(field, path, rule, "a file that Recipe.to_json wrote, such as runs/NAME/recipe.json")])
 
 
@@ -59,7 +59,7 @@ def record(path: Path) -> Record:
     """
     chosen, lines, said = recipe(path / folder.RECIPE, "run"), _lines(path / folder.METRICS), folder.summary(path)
     step = max((line["step"] for line in lines), default=0)
-    status = "running" if _is_held(path) else "done" if said and step >= chosen.steps else "interrupted"
+    status = "running" if lock.holder(path) else "done" if said and step >= chosen.steps else "interrupted"
     newest = path / (folder.METRICS if lines else folder.RECIPE)
     return Record(path, chosen, lines, said, step, status, datetime.fromtimestamp(newest.stat().st_mtime))
 
@@ -122,7 +122,3 @@ def _lines(path: Path) -> list[dict]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             found.append(line)
     return found
-
-
-def _is_held(path: Path) -> bool:
-    return os.path.lexists(path / ".lock")

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +14,13 @@ import numpy as np
 from jaxpar.core.plan import Plan
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import Problem, Refused, refuse
-from jaxpar.core.types import Dataset, State
+from jaxpar.core.types import State
 from jaxpar.plan import padding
 from jaxpar.step.generate import Trained, generate
 from jaxpar.step.parts import Parts, assemble, prepare
 from jaxpar.step.program import Program, program
 from jaxpar.train import checkpoint, folder, record
+from jaxpar.train.manifest import Damaged
 from jaxpar.train.run import Run
 
 
@@ -52,7 +56,7 @@ def sample(
     Raises:
         Refused: if the run is none or not of text, the prompt is empty or a number out of range.
     """
-    refuse(_wrong(prompt, count, temperature, top_k, seed))
+    refuse(wrong(prompt, count, temperature, top_k, seed))
     if isinstance(run, Run):
         run = _writer(run.program, run.parts, run.state, run.dataset.classes)
     elif not isinstance(run, Writer):
@@ -69,15 +73,21 @@ def sample(
     return bytes(found.astype(np.uint8)).decode(errors="replace")
 
 
-def restored(path: Path, step: int | None = None, data_dir: str | None = None) -> Writer:
+def restored(
+    path: Path,
+    step: int | None = None,
+    data_dir: str | None = None,
+    note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+) -> Writer:
     """The model of the run in the folder `path`, on one device of those that there are.
 
     Its precision is that of the run; everything else of its plan is left behind.
 
     Args:
         path: of the run.
-        step: of the checkpoint; by default the newest.
+        step: of the checkpoint; by default the newest that is good.
         data_dir: with the files of the dataset, for checkpoints that do not say the shapes of a batch.
+        note: is told of damaged checkpoints that were passed over.
 
     Raises:
         Refused: if it is no run, has no such checkpoint, cannot be read or is not of text.
@@ -90,18 +100,27 @@ def restored(path: Path, step: int | None = None, data_dir: str | None = None) -
     if step is not None and step not in there:
         legal = ", ".join(map(str, there))
         raise Refused([Problem("step", step, f"{path} has no checkpoint of this step.", legal)])
-    step = there[-1] if step is None else step
-    parts, classes = _parts(_on_one_device(chosen), checkpoint.about(path / folder.CHECKPOINTS, step), data_dir)
+    checkpoints = path / folder.CHECKPOINTS
+    parts, classes = _parts(_on_one_device(chosen), _batch(checkpoints, there if step is None else [step]), data_dir)
     refuse(_not_text(parts, classes))
     laid_out = program(parts)
-    return _writer(laid_out, parts, checkpoint.restore(path / folder.CHECKPOINTS, laid_out, step), classes)
+    try:
+        if step is not None:
+            state = checkpoint.restore(checkpoints, laid_out, step)
+        else:
+            state = checkpoint.newest(checkpoints, laid_out, note).state
+    except Damaged as damaged:
+        legal = "another --step, or none for the newest that is good"
+        raise Refused([Problem("step", step, f"{damaged}.", legal)]) from damaged
+    return _writer(laid_out, parts, state, classes)
 
 
-def batch_shapes(dataset: Dataset) -> dict:
-    """What a checkpoint says of a batch, so that its model can be built again where the data is not."""
-    inputs, labels = dataset.batch(0)
-    named = {"inputs": inputs, "labels": labels}
-    return {name: [[*a.shape], a.dtype.name] for name, a in named.items()} | {"classes": dataset.classes}
+def _batch(checkpoints: Path, steps: Sequence[int]) -> dict | None:
+    """What the newest manifest that can be read says of a batch."""
+    for step in reversed(steps):
+        with suppress(Damaged):
+            return checkpoint.described(checkpoints, step)["about"].get("batch")
+    return None
 
 
 def _on_one_device(chosen: Recipe) -> Recipe:
@@ -109,13 +128,12 @@ def _on_one_device(chosen: Recipe) -> Recipe:
     return dataclasses.replace(chosen, plan=kept)
 
 
-def _parts(chosen: Recipe, about: dict, data_dir: str | None) -> tuple[Parts, int]:
+def _parts(chosen: Recipe, said: dict | None, data_dir: str | None) -> tuple[Parts, int]:
     """The parts of a run, and the number of its classes: without its data, if the checkpoint says its shapes."""
-    said = about.get("batch")
     if said is None:
         parts, dataset = prepare(chosen, data_dir)
         return parts, dataset.classes
-    shapes = (jax.ShapeDtypeStruct(tuple(shape), dtype) for shape, dtype in (said["inputs"], said["labels"]))
+    shapes = (jax.ShapeDtypeStruct(tuple(said[key]["shape"]), said[key]["dtype"]) for key in ("inputs", "labels"))
     return assemble(chosen, *shapes, said["classes"]), said["classes"]
 
 
@@ -135,7 +153,8 @@ def _not_text(parts: Parts, classes: int):
         yield Problem("run", "this run", rule, "one whose data is text, such as stdlib_text")
 
 
-def _wrong(prompt: str, count: int, temperature: float, top_k: int | None, seed: int):
+def wrong(prompt: str, count: int, temperature: float, top_k: int | None, seed: int) -> Iterator[Problem]:
+    """What `sample` cannot be asked for; arguments as there."""
     if not prompt:
         yield Problem("prompt", repr(prompt), "must have at least one character.", "'def '")
     if count < 1:
