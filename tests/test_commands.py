@@ -202,6 +202,18 @@ def test_a_chip_that_is_held_by_another_names_it(monkeypatch):
     assert line.fix == "end process 4711 (python train.py); or set JAX_PLATFORMS=cpu"
 
 
+@pytest.mark.parametrize(
+    "chosen, word", [("", "although their driver is installed"), ("cpu", "JAX_PLATFORMS=cpu says")]
+)
+def test_chips_that_jax_does_not_open_are_told(chosen, word, monkeypatch):
+    monkeypatch.setattr(machine, "chips", lambda: machine.Chips("nvidia", 2, "cuda13"))
+    monkeypatch.setattr(doctor_command, "_version", {"jax-cuda13-plugin": "0.10.2"}.get)
+    monkeypatch.setenv("JAX_PLATFORMS", chosen)
+    _, line = doctor_command.devices()
+    assert "2 nvidia chips" in line.text and word in line.text
+    assert line.fix == ("" if chosen else "JAX_PLATFORMS=cuda jaxpar doctor says why")
+
+
 def test_devices_that_do_not_answer_are_not_waited_for(monkeypatch):
     import threading
 

@@ -23,6 +23,7 @@ from jaxpar.report import machine
 OPEN_S = 120  # to open all devices; a chip that somebody else holds may never answer
 LEAST = 1 << 30  # bytes: below this a run is likely to end for want of memory or disk
 PYTHON = (3, 11)
+PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")  # drivers of accelerators for jax
 
 
 class Line(NamedTuple):
@@ -94,7 +95,7 @@ def jax_parts() -> Iterator[Line]:
     imported = getattr(sys.modules.get("jax"), "__version__", jax)
     if imported != jax:
         yield Line(f"jax {jax} is installed, but {imported} is imported", "restart Python (Runtime > Restart session)")
-    plugins = [name for name in ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu") if _version(name)]
+    plugins = _plugins()
     for name in plugins:
         extra = "tpu" if name == "libtpu" else name.split("-")[1]
         wanted = f"=={_libtpu()}" if name == "libtpu" else f"=={jax}"
@@ -135,8 +136,13 @@ def devices() -> Iterator[Line]:
     count = f"{len(found)} device{'s' * (len(found) > 1)}"
     yield Line(f"{count} of platform {first.platform}: {first.device_kind}{memory}")
     chips, chosen = machine.chips(), os.environ.get("JAX_PLATFORMS", "")
-    if chips and first.platform == "cpu" and "cpu" in chosen:
-        yield Line(f"{chips.count} {chips.kind} chips are left alone, as JAX_PLATFORMS={chosen} says")
+    if chips and first.platform == "cpu":
+        what = f"{chips.count} {chips.kind} chips are left alone"
+        if "cpu" in chosen:
+            yield Line(f"{what}, as JAX_PLATFORMS={chosen} says")
+        elif any(name in _plugins() for name in PLUGINS if chips.extra[:4] in name):
+            asked = "tpu" if chips.kind == "tpu" else "cuda"
+            yield Line(f"{what}, although their driver is installed", f"JAX_PLATFORMS={asked} jaxpar doctor says why")
 
 
 def host() -> Line:
@@ -202,6 +208,10 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _plugins() -> list[str]:
+    return [name for name in PLUGINS if _version(name)]
 
 
 def _libtpu() -> str:

@@ -32,7 +32,7 @@ def losses_picture(
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color=HELD_OUT, marker="o", markersize=4, label="held out")
         step, last = held_out[-1]
-        axes.annotate(f"{last:.3f}", (step, last), xytext=(-4, -14), ha="right", color=HELD_OUT, **NEAR)
+        axes.annotate(f"{last:.3f}", (step, last), xytext=(0, 6), ha="right", color=HELD_OUT, **NEAR)
     for name, level in levels.items():
         axes.axhline(level, color=MUTED, linestyle="--", linewidth=1)
         axes.annotate(f"{name} {level:.3f}", (len(training), level), xytext=(0, 4), ha="right", color=MUTED, **NEAR)
