@@ -2,6 +2,8 @@
 
 import csv
 import importlib
+import inspect
+import json
 import sys
 import threading
 import time
@@ -9,10 +11,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from jaxpar import cli
 from jaxpar.core import family
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import Refused
 from jaxpar.train import sinks
+from jaxpar.train.fit import fit
 
 LINES = [
     {"step": 1, "loss": 2.5, "compile_s": 1.5},
@@ -231,3 +235,16 @@ def test_one_sink_cannot_change_what_others_see(own, tmp_path):
 
 def test_the_csv_sink_does_not_hide_the_standard_library():
     assert importlib.import_module("jaxpar.sinks.csv").__name__ != csv.__name__ and hasattr(csv, "DictReader")
+
+
+@pytest.mark.skipif("sinks" not in inspect.signature(fit).parameters, reason="fit does not take sinks yet")
+def test_a_run_writes_its_lines_to_all_sinks_and_survives_a_bad_one(own, tmp_path, capsys):
+    flags = "--model.name mlp --model.layers 1 --model.width 8 --data.name digits --batch 8 --steps 3 --name a"
+    names = f"csv,{own('writing')},{own('closing')}"
+    cli.main(["train", *flags.split(), "--runs-dir", str(tmp_path / "runs"), "--sinks", names])
+    run = tmp_path / "runs" / "a"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    want = {(name, line["step"]): value for line in lines for name, value in line.items() if name != "step"}
+    assert {key: float(value) for key, value in want.items() if value is not None} == written("csv", run, None)
+    assert capsys.readouterr().err.count("warning: no more metrics for") == 2
+    assert (run / "closed").exists() and (run / "summary.json").exists()
