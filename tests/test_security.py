@@ -362,6 +362,15 @@ def test_an_evil_archive_is_refused_and_leaves_nothing(name, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("content", [b"", b"123", b"12345"])
+def test_an_entry_that_is_not_as_large_as_it_says_is_refused(content):
+    """Python's own readers notice it too; other versions of them may not."""
+    member = archive.Member("a", True, 4, None)
+    with pytest.raises(Refused, match="not of the 4 bytes that it says"):
+        archive._copy(Path("b"), io.BytesIO(content), target := io.BytesIO(), member)
+    assert len(target.getvalue()) <= 4
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz", "zip"])
 def test_a_good_archive_is_unpacked_whole(mode, tmp_path):
     entries = [("./a/b.txt", b"text"), ("c.txt", b""), ("a/d.bin", CONTENT)]
