@@ -45,7 +45,7 @@ def refused(argv, capsys):
     "code",
     [
         "from jaxpar import Recipe, Plan, Model, Data, Refused, Layer, State, Scheme, family; Recipe()",
-        "from jaxpar.cli import *; parse(Options(Recipe(), Kept('a')), main, ['--steps', '3', '--plan', 'data=2'])",
+        "from jaxpar import cli, Recipe; cli.parse(Recipe(), cli.main, 'a', ['--steps', '3', '--plan', 'data=2'])",
         "from jaxpar import cli; cli.main(['list']); cli.main([]); cli.main(['runs']); cli.main(['data'])",
         "from jaxpar import cli, Recipe\ntry: cli.main(['train', '--help'])\nexcept SystemExit: pass",
         "from jaxpar import cli, Recipe\ntry: cli.main(['train', '--stepz', '3'])\nexcept SystemExit: pass",
@@ -66,20 +66,16 @@ def test_every_public_name_is_there():
         _ = jaxpar.fitt
 
 
-def parsed(recipe, argv):
-    return cli.parse(cli.Options(recipe, cli.Kept("train")), cli.main, argv.split())
-
-
 def test_flags_are_the_fields_of_the_recipe():
     argv = (
         "--plan tensor=two_d:2x2,zero=1 --model.width 256 --model.bias False --learning-rate 1e-4 --name a --overwrite"
     )
-    options = parsed(Recipe(model=Model(layers=3)), argv)
+    options = cli.parse(Recipe(model=Model(layers=3)), cli.main, "train", argv.split())
     assert options.recipe == Recipe(
         model=Model(layers=3, width=256, bias=False), plan=Plan(tensor="two_d:2x2", zero=1), learning_rate=1e-4
     )
-    assert (options.run.name, options.run.overwrite, options.run.devices) == ("a", True, None)
-    assert parsed(Recipe(), "").recipe == Recipe()
+    assert (options.name, options.overwrite, options.devices) == ("a", True, None)
+    assert cli.parse(Recipe(), cli.main, "train", []).recipe == Recipe()
 
 
 def test_help_shows_every_flag_once_and_at_most_forty(capsys):

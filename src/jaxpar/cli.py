@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -50,13 +50,19 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Options:
-    """The flags of a run: those of its recipe, and where it is kept.
+class Options(Kept):
+    """The flags of a run: where it is kept, and those of its recipe.
 
     Attributes:
         recipe: every choice of the run.
-        run: where it is kept.
     """
+
+    recipe: Recipe = field(default_factory=Recipe)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The same as --help shows them."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     run: Kept
@@ -78,19 +84,20 @@ def runner(
         SystemExit: 2 for bad input, 76 if a step hung, 77 if the run was stopped and saved, 78 if a loss was no number.
     """
     with exit_codes():
-        default = Kept(name or Path(main.__code__.co_filename).stem, runs_dir=runs_dir)
-        options = parse(Options(base, default), main, argv)
+        options = parse(base, main, name or Path(main.__code__.co_filename).stem, argv, runs_dir)
         main(options.recipe, ready(options))
 
 
-def parse(default: Options, main: Callable, argv: Sequence[str] | None) -> Options:
-    """The flags as values; imports no jax.
+def parse(base: Recipe, main: Callable, name: str, argv: Sequence[str] | None, runs_dir: str = "runs") -> Options:
+    """The flags as values, arguments as of `runner`; imports no jax.
 
     Raises:
         SystemExit: 0 after --help, 2 with a message on stderr for a flag or value that is none.
     """
     module = sys.modules[main.__module__].__doc__ or ""
-    return flags(Options, argv, "\n\n".join([main.__doc__ or "", module]).strip(), default)
+    default = _Groups(base, Kept(name, runs_dir=runs_dir))
+    found = flags(_Groups, argv, "\n\n".join([main.__doc__ or "", module]).strip(), default)
+    return Options(**vars(found.run), recipe=found.recipe)
 
 
 def flags(wanted: Callable, argv: Sequence[str] | None, doc: str, default=None):
@@ -125,23 +132,23 @@ def ready(options: Options) -> Callable:
     """
     from jaxpar.train.lock import refuse_held
 
-    refuse_held(Path(options.runs_dir).expanduser() / options.name)  # at once: importing jax takes seconds
+    refuse_held(Path(os.path.expanduser(options.runs_dir)) / options.name)  # at once: importing jax takes seconds
     from jaxpar.plan import mesh
     from jaxpar.train import sinks
     from jaxpar.train.cache import use_cache
     from jaxpar.train.fit import fit
 
-    kept, plan, needed = options.run, options.recipe.plan, mesh.needed(options.recipe.plan)
+    plan, needed = options.recipe.plan, mesh.needed(options.recipe.plan)
     problems = []
-    if needed and kept.devices not in (None, needed):
-        legal = f"{needed}, or no --devices; or a plan for {kept.devices}"
-        problems.append(Problem("devices", kept.devices, f"the plan {plan} needs {needed}.", legal))
-    names = tuple(filter(None, (name.strip() for name in kept.sinks.split(","))))
+    if needed and options.devices not in (None, needed):
+        legal = f"{needed}, or no --devices; or a plan for {options.devices}"
+        problems.append(Problem("devices", options.devices, f"the plan {plan} needs {needed}.", legal))
+    names = tuple(filter(None, (name.strip() for name in options.sinks.split(","))))
     refuse([*problems, *sinks.wrong(names)])
     mesh.simulate(needed or 1)
     if warning := use_cache():
         print(f"warning: {warning}", file=sys.stderr)
-    keywords = {field: getattr(kept, field) for field in ("name", "runs_dir", "data_dir", "overwrite", "watchdog")}
+    keywords = {key: getattr(options, key) for key in ("name", "runs_dir", "data_dir", "overwrite", "watchdog")}
     return functools.partial(fit, **keywords, **({"sinks": names} if names else {}))
 
 
