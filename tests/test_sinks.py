@@ -154,6 +154,12 @@ def test_an_unknown_sink_is_refused_before_any_is_opened(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_sinks_of_a_run_that_is_kept_nowhere_are_refused():
+    with pytest.raises(Refused, match="this run has none"):
+        run(None, ["csv"])
+    assert run(None, []) == []
+
+
 @pytest.mark.parametrize("name, package", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_missing_package_is_one_warning_and_the_others_go_on(name, package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed

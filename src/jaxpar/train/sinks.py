@@ -25,7 +25,7 @@ def wrong(names: Sequence[str]) -> Iterator[Problem]:
 
 
 def opened(
-    names: Sequence[str], folder: Path, recipe: Recipe, lines: Sequence[dict], note: Callable[[str], None]
+    names: Sequence[str], folder: Path | None, recipe: Recipe, lines: Sequence[dict], note: Callable[[str], None]
 ) -> Sink:
     """One sink that hands each line on to all that are named.
 
@@ -34,15 +34,18 @@ def opened(
 
     Args:
         names: members of sinks/, or path/to/file.py:name.
-        folder: of the run.
+        folder: of the run; None for a run that is kept nowhere.
         recipe: of the run.
         lines: of metrics.jsonl up to the checkpoint from which the run goes on.
         note: is told each warning.
 
     Raises:
-        Refused: for a name that is no sink's, before any is opened.
+        Refused: for a name that is no sink's, or any name without a folder, before any is opened.
     """
     refuse(wrong(names))
+    if names and folder is None:
+        rule = "lie in the folder of the run, and this run has none."
+        raise Refused([Problem("sinks", ", ".join(names), rule, "fit(..., name=...), or no sinks")])
     given = folder, json.loads(recipe.to_json()), [dict(line) for line in lines]
     members = [(name, _picked(name, note)) for name in dict.fromkeys(names)]
     sinks = [_alone(name, member, given, note) for name, member in members if member]
