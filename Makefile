@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 TEST := JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal -q
 INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install -qq
 
-.PHONY: help train test test-all chaos lint clean
+.PHONY: help train test test-all chaos lint notebooks clean
 
 help:
 	@echo 'make train     train a small language model            ARGS="--plan data=2,tensor=one_d:2 --steps 100"'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test-all  the slow tests as well'
 	@echo 'make chaos     kill a run 50 times at random, lose nothing; about six minutes'
 	@echo 'make lint      ruff: rules and formatting'
+	@echo 'make notebooks run the sources in colab/ again and keep what they print'
 	@echo 'make clean     remove .venv and caches; runs and data stay'
 
 train: .venv/.stamp
@@ -31,6 +32,10 @@ chaos: .venv/.stamp
 lint: .venv/.stamp
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+
+notebooks: .venv/.stamp
+	@$(INSTALL) jupytext nbclient ipykernel
+	@JAX_PLATFORMS=cpu $(RUN) tests/notebooks.py colab/*.py
 
 clean:
 	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info

@@ -45,8 +45,8 @@ def refused(argv, capsys):
     "code",
     [
         "from jaxpar import Recipe, Plan, Model, Data, Refused, Layer, State, Scheme, family; Recipe()",
-        "from jaxpar import cli, Recipe; cli.parse(Recipe(), cli.train, 'a', ['--steps', '3', '--plan', 'data=2'])",
-        "from jaxpar import cli; cli.main(['list']); cli.main([])",
+        "from jaxpar import cli, Recipe; cli.parse(Recipe(), cli.main, 'a', ['--steps', '3', '--plan', 'data=2'])",
+        "from jaxpar import cli; cli.main(['list']); cli.main([]); cli.main(['runs']); cli.main(['data'])",
         "from jaxpar import cli, Recipe\ntry: cli.main(['train', '--help'])\nexcept SystemExit: pass",
         "from jaxpar import cli, Recipe\ntry: cli.main(['train', '--stepz', '3'])\nexcept SystemExit: pass",
     ],
@@ -70,12 +70,12 @@ def test_flags_are_the_fields_of_the_recipe():
     argv = (
         "--plan tensor=two_d:2x2,zero=1 --model.width 256 --model.bias False --learning-rate 1e-4 --name a --overwrite"
     )
-    options = cli.parse(Recipe(model=Model(layers=3)), cli.train, "train", argv.split())
+    options = cli.parse(Recipe(model=Model(layers=3)), cli.main, "train", argv.split())
     assert options.recipe == Recipe(
         model=Model(layers=3, width=256, bias=False), plan=Plan(tensor="two_d:2x2", zero=1), learning_rate=1e-4
     )
     assert (options.name, options.overwrite, options.devices) == ("a", True, None)
-    assert cli.parse(Recipe(), cli.train, "train", []).recipe == Recipe()
+    assert cli.parse(Recipe(), cli.main, "train", []).recipe == Recipe()
 
 
 def test_help_shows_every_flag_once_and_at_most_forty(capsys):
@@ -97,7 +97,8 @@ def test_an_experiment_gets_its_recipe_and_fit(tmp_path):
     cli.runner(Recipe(), main, argv=["--steps", "3", "--plan", "data=2", "--devices", "2", "--runs-dir", str(tmp_path)])
     ((recipe, bound),) = seen
     assert recipe == Recipe(steps=3, plan=Plan(data=2)) and bound.func is fit
-    assert bound.keywords == {"name": "test_cli", "runs_dir": str(tmp_path), "data_dir": None, "overwrite": False}
+    wanted = {"name": "test_cli", "runs_dir": str(tmp_path), "data_dir": None, "overwrite": False, "watchdog": None}
+    assert bound.keywords == wanted
 
 
 @pytest.mark.parametrize(
@@ -152,9 +153,12 @@ def test_list_names_every_member(capsys):
     assert "layer" in (told := capsys.readouterr().out) and "gpt" not in told
 
 
-def test_the_overview_is_short(capsys):
+def test_the_overview_names_every_command_in_a_few_lines(capsys):
     cli.main([])
-    assert len(capsys.readouterr().out.splitlines()) <= 8
+    told = capsys.readouterr().out
+    assert len(told.splitlines()) <= 12 and max(map(len, told.splitlines())) <= 110
+    for name in family.names("commands"):
+        assert re.search(rf"^  python -m jaxpar {name} +[A-Z].*\.", told, re.MULTILINE), name
 
 
 @pytest.mark.parametrize(

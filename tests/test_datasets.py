@@ -27,6 +27,7 @@ BATCH, CONTEXT = 16, 512
 stdlib = importlib.import_module("jaxpar.datasets.stdlib_text")
 shakespeare = importlib.import_module("jaxpar.datasets.tiny_shakespeare")
 digits = importlib.import_module("jaxpar.datasets.digits")
+(PUBLISHED,) = shakespeare.FILES
 TEXT = np.random.default_rng(0).integers(32, 127, 200_003, np.uint8).tobytes()
 
 
@@ -44,8 +45,8 @@ def no_network_and_an_empty_cache(monkeypatch, tmp_path):
 @pytest.fixture
 def text_file(monkeypatch, tmp_path):
     """A stand-in for tiny Shakespeare: `TEXT`, with its own size and checksum pinned."""
-    pinned = shakespeare.FILE._replace(size=len(TEXT), checksum=f"sha256:{hashlib.sha256(TEXT).hexdigest()}")
-    monkeypatch.setattr(shakespeare, "FILE", pinned)
+    pinned = PUBLISHED._replace(size=len(TEXT), checksum=f"sha256:{hashlib.sha256(TEXT).hexdigest()}")
+    monkeypatch.setattr(shakespeare, "FILES", (pinned,))
     path = tmp_path / "data" / "tinyshakespeare.txt"
     path.parent.mkdir()
     path.write_bytes(TEXT)
@@ -349,7 +350,7 @@ def denied(*_, **__):
     raise PermissionError(13, "denied")
 
 
-EXPECTED = ("expected", shakespeare.FILE.url, "--data-dir", "stdlib_text, which works offline")
+EXPECTED = ("expected", PUBLISHED.url, "--data-dir", "stdlib_text, which works offline")
 
 
 def test_the_first_nine_tenths_train(text_file):
@@ -359,7 +360,7 @@ def test_the_first_nine_tenths_train(text_file):
 
 
 def test_the_pinned_file_is_the_published_one():
-    pin = shakespeare.FILE
+    pin = PUBLISHED
     assert pin.url.startswith("https://") and pin.size == 1_115_394
     assert pin.checksum == "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -462,7 +463,7 @@ def test_a_download_happens_once_and_is_kept(answer):
     calls = answer(TEXT)
     assert b"".join(split.tobytes() for split in read().splits) == TEXT
     assert read().splits[0].tobytes() == TEXT[: len(TEXT) * 9 // 10]
-    assert calls == [(shakespeare.FILE.url, files.TIMEOUT_S)]
+    assert calls == [(PUBLISHED.url, files.TIMEOUT_S)]
     assert [path.name for path in files.cache_folder().iterdir()] == ["tinyshakespeare.txt"]
 
 

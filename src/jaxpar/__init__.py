@@ -36,6 +36,7 @@ _PUBLIC = {
     "NotSaved": "train.stop",
     "quiet": "train.progress",
     "runner": "cli",
+    "doctor": "commands.doctor",
 }
 __all__ = sorted(_PUBLIC)
 

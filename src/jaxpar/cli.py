@@ -3,14 +3,13 @@
 Nothing here imports jax before the flags are read, so that `--help` and a misspelt flag are answered at once.
 """
 
-import ast
 import functools
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -19,97 +18,138 @@ import tyro
 from jaxpar.core import family
 from jaxpar.core.plan import Plan
 from jaxpar.core.recipe import Recipe
-from jaxpar.core.refuse import Problem, Refused, near_miss
+from jaxpar.core.refuse import Problem, Refused, near_miss, refuse
 
 PACKAGE = Path(__file__).parent
-OVERVIEW = """\
-jaxpar: write a model once; choose by name how it is laid out over devices; get the same numbers.
-
-  python -m jaxpar train [flags]     train a model: a small GPT on Python's own source, if no flag says otherwise
-  python -m jaxpar list [family]     what there is to choose from: models, datasets, schemes, norms, ...
-  python -m experiments.NAME         one question per file, answered by runs
-
-Each takes --help. The same from Python: from jaxpar import Recipe, Plan, fit"""
+HEAD = "jaxpar: write a model once; choose by name how it is laid out over devices; get the same numbers."
+TAIL = "Each takes --help. The same from Python: from jaxpar import Recipe, Plan, fit"
+_bare = tyro.conf.arg(prefix_name=False)
 
 
 @dataclass(frozen=True)
-class Options:
-    """The flags of a run: those of its recipe, and where it is kept.
+class Kept:
+    """Where the run is kept and who watches it; none of this changes what is learned.
 
     Attributes:
-        recipe: every choice of the run.
         name: folder of this run in --runs-dir; one that is there goes on from its last checkpoint.
         devices: simulated CPU devices; as many as the plan needs, which is also the default.
         runs_dir: folder of all runs.
         data_dir: folder with the files of the dataset; by default the dataset's own.
         overwrite: delete the run that has this name, and start anew.
+        watchdog: seconds in which something must be finished, else end with exit code 76 and say where it hangs.
+        sinks: further places for metrics, of csv, tensorboard and wandb, with commas between.
     """
 
+    name: Annotated[str, _bare]
+    devices: Annotated[int | None, _bare] = None
+    runs_dir: Annotated[str, _bare] = "runs"
+    data_dir: Annotated[str | None, _bare] = None
+    overwrite: Annotated[bool, _bare] = False
+    watchdog: Annotated[float | None, _bare] = None
+    sinks: Annotated[str, _bare] = ""
+
+
+@dataclass(frozen=True)
+class Options(Kept):
+    """The flags of a run: where it is kept, and those of its recipe.
+
+    Attributes:
+        recipe: every choice of the run.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The same as --help shows them."""
+
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-    name: str
-    devices: int | None = None
-    runs_dir: str = "runs"
-    data_dir: str | None = None
-    overwrite: bool = False
+    run: Kept
 
 
-def runner(base: Recipe, main: Callable, *, name: str = "", argv: Sequence[str] | None = None) -> None:
+def runner(
+    base: Recipe, main: Callable, *, name: str = "", argv: Sequence[str] | None = None, runs_dir: str = "runs"
+) -> None:
     """Run `main` under the flags of the command line.
 
     Args:
         base: the recipe, whose fields the flags change.
-        main: `main(recipe, fit)`, with `jaxpar.fit` bound to --name, --runs-dir, --data-dir and --overwrite.
+        main: `main(recipe, fit)`, with `jaxpar.fit` bound to --name, --runs-dir, --data-dir and the like.
         name: default of --name; by default that of the file that defines `main`.
         argv: flags; by default those of this process.
+        runs_dir: default of --runs-dir.
 
     Raises:
-        SystemExit: 2 for bad input, 77 if the run was stopped and saved, 78 if a loss was no number.
+        SystemExit: 2 for bad input, 76 if a step hung, 77 if the run was stopped and saved, 78 if a loss was no number.
     """
     with exit_codes():
-        options = parse(base, main, name or Path(main.__code__.co_filename).stem, argv)
+        options = parse(base, main, name or Path(main.__code__.co_filename).stem, argv, runs_dir)
         main(options.recipe, ready(options))
 
 
-def parse(base: Recipe, main: Callable, name: str, argv: Sequence[str] | None) -> Options:
-    """The flags as values; imports no jax.
+def parse(base: Recipe, main: Callable, name: str, argv: Sequence[str] | None, runs_dir: str = "runs") -> Options:
+    """The flags as values, arguments as of `runner`; imports no jax.
 
     Raises:
         SystemExit: 0 after --help, 2 with a message on stderr for a flag or value that is none.
     """
-    description = main.__doc__ or sys.modules[main.__module__].__doc__ or ""
-    with _plans():
-        return tyro.cli(
-            Options,
-            args=argv,
-            prog=_program(),
-            description=description.partition("\n\n")[0],
-            default=Options(base, name),
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+    module = sys.modules[main.__module__].__doc__ or ""
+    default = _Groups(base, Kept(name, runs_dir=runs_dir))
+    found = flags(_Groups, argv, "\n\n".join([main.__doc__ or "", module]).strip(), default)
+    return Options(**vars(found.run), recipe=found.recipe)
+
+
+def flags(wanted: Callable, argv: Sequence[str] | None, doc: str, default=None):
+    """What `wanted` makes of its arguments, which are read from the flags `argv`.
+
+    Args:
+        wanted: a function or dataclass; each argument is a flag.
+        argv: flags; by default those of this process.
+        doc: what --help says: its first paragraph above the flags, its lines that begin with `python -m` below them.
+        default: what the fields are unless a flag says otherwise.
+
+    Raises:
+        SystemExit: 0 after --help, 2 with a message on stderr for a flag or value that is none.
+    """
+    given = {} if default is None else {"default": default}
+    config, about = (tyro.conf.FlagCreatePairsOff,), doc.partition("\n\n")[0]
+    try:
+        with _plans():
+            return tyro.cli(wanted, args=argv, prog=_program(), description=about, config=config, **given)
+    except SystemExit as stopped:
+        lines = [f"  {line.strip()}" for line in doc.splitlines() if line.strip().startswith("python -m ")]
+        if not stopped.code and lines:  # after --help
+            print("\n".join(["examples:", *lines]))
+        raise
 
 
 def ready(options: Options) -> Callable:
     """`jaxpar.fit` with its flags, once jax is imported and set up: simulated devices and a compile cache.
 
     Raises:
-        Refused: if --devices is not what the plan needs.
+        Refused: if --devices is not what the plan needs, or another flag cannot be.
     """
     from jaxpar.train.lock import refuse_held
 
-    refuse_held(Path(options.runs_dir).expanduser() / options.name)  # at once: importing jax takes seconds
+    refuse_held(Path(os.path.expanduser(options.runs_dir)) / options.name)  # at once: importing jax takes seconds
     from jaxpar.plan import mesh
+    from jaxpar.train import sinks
     from jaxpar.train.cache import use_cache
     from jaxpar.train.fit import fit
 
     plan, needed = options.recipe.plan, mesh.needed(options.recipe.plan)
+    problems = []
     if needed and options.devices not in (None, needed):
         legal = f"{needed}, or no --devices; or a plan for {options.devices}"
-        raise Refused([Problem("devices", options.devices, f"the plan {plan} needs {needed}.", legal)])
+        problems.append(Problem("devices", options.devices, f"the plan {plan} needs {needed}.", legal))
+    names = tuple(filter(None, (name.strip() for name in options.sinks.split(","))))
+    refuse([*problems, *sinks.wrong(names)])
     mesh.simulate(needed or 1)
     if warning := use_cache():
         print(f"warning: {warning}", file=sys.stderr)
-    keywords = {field: getattr(options, field) for field in ("name", "runs_dir", "data_dir", "overwrite")}
-    return functools.partial(fit, **keywords)
+    keywords = {key: getattr(options, key) for key in ("name", "runs_dir", "data_dir", "overwrite", "watchdog")}
+    return functools.partial(fit, **keywords, **({"sinks": names} if names else {}))
 
 
 @contextmanager
@@ -132,47 +172,28 @@ def exit_codes() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m jaxpar train|list`."""
-    command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
-    if command in ("-h", "--help"):
-        print(OVERVIEW)
-    elif command == "train":
-        runner(Recipe(), train, name="train", argv=rest)
-    elif command == "list":
-        with exit_codes():
-            list_members(rest)
-    else:
-        print(f"there is no command {command!r}: {near_miss(command, ['train', 'list'])}", file=sys.stderr)
-        sys.exit(2)
-
-
-def train(recipe: Recipe, fit: Callable) -> None:
-    """Train a model on data, under a plan."""
-    run = fit(recipe)
-    for step, nats in run.held_out[-1:]:
-        print(f"held-out loss {nats:.4f} nats after {step} steps")
-    print(f"training loss {run.losses[-1]:.4f} nats; everything is in {run.folder}")
-
-
-def list_members(wanted: Sequence[str]) -> None:
-    """Print each family, or those in `wanted`, with what each member says of itself; imports no member.
+    """Run `python -m jaxpar COMMAND`: the member of `commands/` of that name, with the words after it.
 
     Raises:
-        Refused: for a family that there is not.
+        SystemExit: with what the command returns, unless that is None or 0; 2 for bad input.
     """
-    families = sorted(folder.name for folder in PACKAGE.glob("*s") if folder.is_dir())  # plural folder = family
-    for unknown in [name for name in wanted if name not in families]:
-        raise Refused([Problem("family", unknown, "there is no such family.", near_miss(unknown, families))])
-    for name in wanted or families:
-        print(f"{name}: {_said(PACKAGE / name / '__init__.py')}")
-        for member in family.names(name):
-            print(f"  {member:<18}{_said(PACKAGE / name / f'{member}.py')}")
+    command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    with exit_codes():
+        if command in ("-h", "--help"):
+            print(overview())
+            return
+        if command not in family.names("commands"):
+            legal = near_miss(command, family.names("commands"))
+            raise Refused([Problem("command", command, "there is no such command.", legal)])
+        if code := family.pick("commands", command)(rest):
+            sys.exit(code)
 
 
-def _said(path: Path) -> str:
-    """First line of the docstring of a file, which is read and not run."""
-    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.is_file() else None
-    return (doc or "").partition("\n")[0]
+def overview() -> str:
+    """What there is, a line per command, in the words of its file, which is read and not run."""
+    lines = [(f"jaxpar {name}", family.said("commands", name)) for name in family.names("commands")]
+    lines.append(("experiments.NAME", "One question per file, answered by runs."))
+    return "\n".join([HEAD, "", *(f"  python -m {name:<18}{said}" for name, said in lines), "", TAIL])
 
 
 def _plans() -> tyro.constructors.ConstructorRegistry:
@@ -195,12 +216,11 @@ def _plans() -> tyro.constructors.ConstructorRegistry:
 
 
 def _program() -> str:
-    """What was typed to start this process, as `python -m experiments.lm`."""
+    """What was typed to start this process, as `python -m experiments.lm` or `python -m jaxpar train`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None:
-        return Path(sys.argv[0]).name
-    started = f"python -m {spec.name.removesuffix('.__main__')}"
-    return f"{started} train" if spec.name.startswith("jaxpar") else started
+    started = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+    command = [word for word in sys.argv[1:2] if word in family.names("commands")]
+    return " ".join([started, *command]) if Path(started.split()[-1]).stem == "jaxpar" else started
 
 
 def _is_bad_input(error: Exception) -> bool:

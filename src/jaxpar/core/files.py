@@ -5,13 +5,17 @@ import http.client
 import os
 import stat
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 from urllib import request
+from urllib.error import HTTPError
 
 from jaxpar.core.refuse import Problem, Refused
 
 TIMEOUT_S = 10  # to connect, and between two pieces of an answer
+SLOWEST = 20_000  # bytes per second, over a whole download: a server that drips must not hold a run for ever
+PIECE = 1 << 16
 
 
 class File(NamedTuple):
@@ -49,6 +53,40 @@ def verified(file: File, data_dir: str | None = None) -> bytes:
     if data_dir is None and not os.path.lexists(path):
         return _download(file, path)
     return _read(file, path)
+
+
+def fetch(file: File, folder: Path) -> bool:
+    """Make sure that `folder` holds `file`, by a download if it is not there.
+
+    Returns:
+        Whether it was downloaded.
+
+    Raises:
+        Refused: as of `verified`.
+    """
+    missing = not os.path.lexists(folder / file.names[0])
+    if missing:
+        _download(file, folder / file.names[0])
+    else:
+        _read(file, folder / file.names[0])
+    return missing
+
+
+def fault(file: File, folder: Path) -> str | None:
+    """What is wrong with `file` in `folder`, every byte of it hashed anew: empty if nothing, None if it is missing."""
+    path = next((folder / name for name in file.names if os.path.lexists(folder / name)), None)
+    if path is None:
+        return None
+    try:
+        _read(file, path)
+    except Refused as refused:
+        return refused.problems[0].rule
+    return ""
+
+
+def offline() -> bool:
+    """Whether JAXPAR_OFFLINE forbids downloads."""
+    return os.environ.get("JAXPAR_OFFLINE", "") not in ("", "0")
 
 
 def cache_folder() -> Path:
@@ -102,12 +140,14 @@ def _read(file: File, path: Path) -> bytes:
 
 
 def _download(file: File, path: Path) -> bytes:
-    if os.environ.get("JAXPAR_OFFLINE", "") not in ("", "0"):
+    if offline():
         raise _refusal(file, path, "is missing, and JAXPAR_OFFLINE forbids a download")
     try:
         with https_opener().open(file.url, timeout=TIMEOUT_S) as answer:
-            data = answer.read(file.size + 1)
+            data = _body(answer, file.size + 1)
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # it is the answer as well
         raise _refusal(file, path, f"is missing, and its download failed ({error or type(error).__name__})") from error
     if fault := _fault(file, len(data), hashlib.new(_algorithm(file), data).hexdigest()):
         raise _refusal(file, path, f"is missing, and its download, stopped at {file.size + 1:,} bytes, was {fault}")
@@ -116,6 +156,23 @@ def _download(file: File, path: Path) -> bytes:
     except OSError as error:
         raise _refusal(file, path, f"was downloaded, but cannot be written ({error.strerror or error})") from error
     return data
+
+
+def _body(answer, most: int) -> bytes:
+    """At most `most` bytes of an answer.
+
+    Raises:
+        TimeoutError: if they come more slowly than `SLOWEST` on the whole.
+    """
+    pieces, size, until = [], 0, time.monotonic() + TIMEOUT_S + most / SLOWEST
+    while size < most and (piece := answer.read1(min(PIECE, most - size))):
+        pieces.append(piece)
+        size += len(piece)
+        if time.monotonic() > until:
+            raise TimeoutError(
+                f"slower than {SLOWEST:,} bytes per second: given up after {size:,} of {most - 1:,} bytes"
+            )
+    return b"".join(pieces)
 
 
 def _store(path: Path, data: bytes) -> None:

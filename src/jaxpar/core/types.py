@@ -114,3 +114,15 @@ class Reducer(NamedTuple):
 
     init: Callable
     reduce: Callable
+
+
+class Sink(NamedTuple):
+    """A further place for the metrics of a run; it may be slow or fail, and the run goes on (`train/sinks.py`).
+
+    Attributes:
+        write: `write(line)`: one line of metrics.jsonl: `step`, and numbers by name; names differ between lines.
+        close: `close()`: the run is over, well or not.
+    """
+
+    write: Callable[[dict], None]
+    close: Callable[[], None]

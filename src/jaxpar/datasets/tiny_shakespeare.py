@@ -8,13 +8,15 @@ from jaxpar.core.refuse import refuse
 from jaxpar.core.types import Dataset
 from jaxpar.core.windows import text_windows
 
-FILE = File(
-    dataset="tiny_shakespeare",
-    names=("tinyshakespeare.txt", "input.txt"),
-    url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    size=1_115_394,
-    checksum="sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    instead="stdlib_text",
+FILES = (
+    File(
+        dataset="tiny_shakespeare",
+        names=("tinyshakespeare.txt", "input.txt"),
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        size=1_115_394,
+        checksum="sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        instead="stdlib_text",
+    ),
 )
 
 
@@ -39,7 +41,8 @@ def tiny_shakespeare(
     Source: Karpathy 2015, github.com/karpathy/char-rnn; the split is that of nanoGPT.
     """
     refuse(order.wrong(seed, batch=batch, context=context, vocab=vocab))
-    tokens = np.frombuffer(verified(FILE, data_dir), np.uint8)
+    (file,) = FILES
+    tokens = np.frombuffer(verified(file, data_dir), np.uint8)
     cut = len(tokens) * 9 // 10
-    source = f"tiny_shakespeare: {len(tokens):,} bytes, {FILE.checksum[:19]}, from {data_dir or 'the cache'}"
+    source = f"tiny_shakespeare: {len(tokens):,} bytes, {file.checksum[:19]}, from {data_dir or 'the cache'}"
     return text_windows(tokens[:cut], tokens[cut:], batch=batch, context=context, seed=seed, vocab=vocab, source=source)

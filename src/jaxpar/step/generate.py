@@ -23,7 +23,14 @@ class Trained(NamedTuple):
 
 
 def generate(
-    trained: Trained, prompt, *, count: int, window: int, temperature: float = 0.8, seed: int = 0
+    trained: Trained,
+    prompt,
+    *,
+    count: int,
+    window: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    seed: int = 0,
 ) -> np.ndarray:
     """Continue a prompt token by token, each drawn from the model's distribution.
 
@@ -33,6 +40,7 @@ def generate(
         count: tokens to add.
         window: how many of the last tokens the model sees.
         temperature: what logits are divided by, above 0.
+        top_k: draw from that many of the likeliest tokens; None, or more than there are, for all.
         seed: of the draws.
 
     Returns:
@@ -45,7 +53,7 @@ def generate(
     def one(carry, key):
         seen, length = carry  # the last tokens, from the left; what stands to the right of them is not looked at
         logits, _ = trained.model.apply(trained.params, trained.extra, seen[None], ctx)
-        token = jax.random.categorical(key, logits[0, length - 1] / temperature).astype(jnp.int32)
+        token = jax.random.categorical(key, _likeliest(logits[0, length - 1], top_k) / temperature).astype(jnp.int32)
         full = length == window
         seen = jnp.where(full, jnp.roll(seen, -1), seen).at[jnp.where(full, window - 1, length)].set(token)
         return (seen, jnp.minimum(length + 1, window)), token
@@ -54,3 +62,11 @@ def generate(
     keys = jax.random.split(jax.random.key(seed), count)
     _, tokens = jax.jit(lambda carry, keys: lax.scan(one, carry, keys))(carry, keys)
     return np.concatenate([prompt, np.asarray(tokens)])
+
+
+def _likeliest(logits, count: int | None):
+    """Logits of all but the `count` largest are -inf; of equal ones the first stay."""
+    if count is None or count >= logits.size:
+        return logits
+    values, at = lax.top_k(logits, count)
+    return jnp.full_like(logits, -jnp.inf).at[at].set(values)

@@ -1,0 +1,1 @@
+"""What `python -m jaxpar` can do: one command per file, called with the words after its name."""
