@@ -109,7 +109,7 @@ def test_text_is_counted_in_tokens():
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["compile_s"] == 1.5 and lines[1]["tokens_per_second"] > 0
     seconds = lines[1]["step_ms"] / 1e3
-    assert lines[1]["mfu"] == pytest.approx(1e9 / seconds / 1e12, rel=0.01), "model flops, over time, over the peak"
+    assert lines[1]["mfu"] == pytest.approx(1e9 / seconds / 1e12, rel=0.05), "model flops, over time, over the peak"
     assert "mfu" not in speed_of((4,), 1e9, None)(1.0), "without a stated peak there is no MFU"
 
 

@@ -144,7 +144,7 @@ def ready(options: Options) -> Callable:
         legal = f"{needed}, or no --devices; or a plan for {options.devices}"
         problems.append(Problem("devices", options.devices, f"the plan {plan} needs {needed}.", legal))
     names = tuple(filter(None, (name.strip() for name in options.sinks.split(","))))
-    refuse([*problems, *sinks.wrong(names)])
+    refuse([*problems, *sinks.wrong(names, options.name)])
     mesh.simulate(needed or 1)
     if warning := use_cache():
         print(f"warning: {warning}", file=sys.stderr)

@@ -1,5 +1,7 @@
 """Training: from a recipe to a finished run."""
 
+import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from jaxpar.train.loop import Outside, loop
 from jaxpar.train.metrics import book
 from jaxpar.train.progress import Report, progress
 from jaxpar.train.run import Run, finished
+from jaxpar.train.sinks import opened, wrong
 from jaxpar.train.stop import stoppable
 from jaxpar.train.store import nowhere, on_disk
 from jaxpar.train.watchdog import watchdog as watched
@@ -31,6 +34,7 @@ def fit(
     overwrite: bool = False,
     report: Report | None = None,
     watchdog: float | None = None,
+    sinks: Sequence[str] = (),
 ) -> Run:
     """Train what `recipe` describes, from the start or from the newest good checkpoint of `name`.
 
@@ -42,6 +46,7 @@ def fit(
         overwrite: delete the run of this name first.
         report: who is told how it goes; by default whoever reads stderr.
         watchdog: end this process, with exit code 76, when nothing is finished for so many seconds; None for never.
+        sinks: members of sinks/ that get each line of metrics.jsonl as well; none of them can stop or delay a run.
 
     Raises:
         Refused: naming every bad field, before anything is compiled, written or deleted; or another run holds `name`.
@@ -50,9 +55,9 @@ def fit(
         NonFinite: after `recipe.skip_limit` updates in a row were skipped since they were no numbers.
         NotSaved: if a checkpoint or a line could not be written; the newest good checkpoint is untouched.
     """
-    refuse(strict.mistyped(recipe))
+    refuse([*strict.mistyped(recipe), *wrong(sinks, name)])
     if name is not None:
-        refuse_held(Path(runs_dir).expanduser() / name)
+        refuse_held(Path(os.path.expanduser(runs_dir)) / name)
     mesh.simulate(mesh.needed(recipe.plan) or 1)  # before jax makes its devices
     parts, dataset = prepare(recipe, data_dir)
     folder = locate(recipe, name, runs_dir, overwrite) if name is not None else None
@@ -70,7 +75,9 @@ def fit(
         disk = on_disk(folder, recipe, program, parts, dataset, overwrite) if folder else nowhere()
         state, lines = disk.load(report.note)
         state, run = ready(state, recipe, program, parts, dataset, report.note)
-        written = book(lambda line: (disk.append(line), report.line(line)), lines, recipe, run)
+        further = opened(sinks, folder, recipe, lines, report.note)
+        until_done.callback(further.close)
+        written = book(lambda line: (disk.append(line), further.write(line), report.line(line)), lines, recipe, run)
         state = loop(state, recipe, run, written, disk, Outside(asked, alive, report.note))
         done = finished(state, written.lines, folder, program, parts, dataset, run)
         disk.finish(done.summary)

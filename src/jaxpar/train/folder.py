@@ -31,7 +31,7 @@ def locate(recipe: Recipe, name: str, runs_dir: str, overwrite: bool = False) ->
         rule = "must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor .."
         legal = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:64] or "run"
         raise Refused([Problem("name", repr(name), rule, legal)])
-    folder = Path(runs_dir).expanduser() / name
+    folder = Path(os.path.expanduser(runs_dir)) / name
     if not os.path.lexists(folder) or _is_fresh(folder):
         return folder
     if not _is_run(folder):

@@ -16,9 +16,11 @@ BEHIND = 10_000  # lines that a sink may be behind before it is given up
 CLOSE_S = 20  # for all that is left to write at the end
 
 
-def wrong(names: Sequence[str]) -> Iterator[Problem]:
-    """Names that are no sink's."""
+def wrong(names: Sequence[str], run: str | None) -> Iterator[Problem]:
+    """Names that are no sink's, or any if `run` has no name and so no folder."""
     known = family.names("sinks")
+    if names and run is None:
+        yield Problem("sinks", ",".join(names), "are for a run that is kept.", "a name for the run; or no sinks")
     for name in names:
         if name not in known and ".py:" not in name:
             yield Problem("sinks", name, "there is no such file in sinks/.", near_miss(name, known))
@@ -42,7 +44,7 @@ def opened(
     Raises:
         Refused: for a name that is no sink's, or any name without a folder, before any is opened.
     """
-    refuse(wrong(names))
+    refuse(wrong(names, folder.name))
     if names and folder is None:
         rule = "lie in the folder of the run, and this run has none."
         raise Refused([Problem("sinks", ", ".join(names), rule, "fit(..., name=...), or no sinks")])
