@@ -20,7 +20,8 @@ def wrong(names: Sequence[str], run: str | None) -> Iterator[Problem]:
     """Names that are no sink's, or any if `run` has no name and so no folder."""
     known = family.names("sinks")
     if names and run is None:
-        yield Problem("sinks", ",".join(names), "are for a run that is kept.", "a name for the run; or no sinks")
+        rule = "lie in the folder of the run, and this run has none."
+        yield Problem("sinks", ", ".join(names), rule, "fit(..., name=...), or no sinks")
     for name in names:
         if name not in known and ".py:" not in name:
             yield Problem("sinks", name, "there is no such file in sinks/.", near_miss(name, known))
@@ -44,10 +45,7 @@ def opened(
     Raises:
         Refused: for a name that is no sink's, or any name without a folder, before any is opened.
     """
-    refuse(wrong(names, folder.name))
-    if names and folder is None:
-        rule = "lie in the folder of the run, and this run has none."
-        raise Refused([Problem("sinks", ", ".join(names), rule, "fit(..., name=...), or no sinks")])
+    refuse(wrong(names, folder and folder.name))
     given = folder, json.loads(recipe.to_json()), [dict(line) for line in lines]
     members = [(name, _picked(name, note)) for name in dict.fromkeys(names)]
     sinks = [_alone(name, member, given, note) for name, member in members if member]
