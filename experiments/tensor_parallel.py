@@ -22,7 +22,8 @@ it never joins a sum and a slice to a reduce-scatter. (Shoeybi et al. 2019, arXi
 arXiv:1910.02054; Xu et al. 2021, arXiv:2104.05343; Wang et al. 2021, arXiv:2105.14500; Bian et al. 2021,
 arXiv:2105.14450.)
 
-Step times are of devices that share the cores of one machine: they say nothing of real links. Four minutes on 2 cores.
+Step times are of devices that share the cores of one machine: they say nothing of real links. Six
+minutes on 2 busy cores.
 
     python -m experiments.tensor_parallel
     python -m experiments.tensor_parallel --devices 8 --plan data=2,tensor=three_d:1x2x2 --name one

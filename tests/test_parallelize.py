@@ -148,7 +148,9 @@ def test_your_parameters_stay_yours():
     loss, params = plain()
     for plan in ("data=1", "tensor=fsdp:8"):
         run = parallelize(loss, params, plan)
-        state = run.init(params)
+        there = jax.device_put(params, jax.devices()[3])  # bound to one device, as a restored checkpoint may be
+        run.value_and_grad(there, batch_of())
+        state = run.init(there if plan != "data=1" else params)
         after, _ = run.step(state, batch_of())
         assert np.isfinite(np.asarray(params[1])).all()
         assert state.params[1].is_deleted() and not after.params[1].is_deleted()

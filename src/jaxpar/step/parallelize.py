@@ -126,7 +126,7 @@ def _laid_out(loss_fn: Callable, shapes: Tree, axes: dict[str, int], microbatche
         shardings=shardings,
         init=init,
         shard=shard,
-        value_and_grad=lambda params, batch: found(params, shard(batch)),
+        value_and_grad=lambda params, batch: found(jax.device_put(params, places), shard(batch)),
         step=lambda state, batch: stepped(state, shard(batch)),
     )
 
