@@ -23,7 +23,7 @@ def needed(plan: Plan) -> int:
 
 
 def simulate(count: int) -> None:
-    """Ask jax for `count` CPU devices, simulated by threads; does nothing once jax has made its devices.
+    """Ask jax for `count` CPU devices or more, simulated by threads; does nothing once jax has made its devices.
 
     Each device holds a thread while it waits for others in a collective. XLA makes as many threads as cores or devices;
     on a busy machine with few cores, one more task that holds a thread then left the last device without one, and the
@@ -36,7 +36,7 @@ def simulate(count: int) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     try:
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))
     except RuntimeError:  # jax has already made its devices: `devices` will say so if they are too few
         return
 
