@@ -197,7 +197,7 @@ def recipes(draw):
         plan=draw(PLANS),
         **{name: draw(st.sampled_from(values)) for name, values in NUMBERS.items()},
     )
-    for name in draw(st.lists(st.sampled_from(sorted(FIELDS)), max_size=5)):
+    for name in draw(st.lists(st.sampled_from(sorted(FIELDS)), min_size=1, max_size=8, unique=True)):
         value = wild
         for part in name.split("."):
             value = getattr(value, part)
