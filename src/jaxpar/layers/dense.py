@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from jaxpar.core import compat
 from jaxpar.core.parts import normal
 from jaxpar.core.refuse import Problem, Refused, near_miss
 from jaxpar.core.types import Layer
 
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": compat.gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
