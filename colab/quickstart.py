@@ -17,7 +17,8 @@ import subprocess
 import sys
 
 TPUS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}  # as the PCI bus names v3 to v7x
-devices = {path.read_text().strip() for path in pathlib.Path("/sys/bus/pci/devices").glob("*/device")}
+cards = [path for path in pathlib.Path("/sys/bus/pci/devices").glob("*") if "0x1ae0" in (path / "vendor").read_text()]
+devices = {(path / "device").read_text().strip() for path in cards}
 driver = pathlib.Path("/proc/driver/nvidia/version")
 nvidia = re.search(r"(\d+)\.\d+", driver.read_text()) if driver.exists() else None
 extra = "[tpu]" if devices & TPUS else f"[cuda{13 if int(nvidia[1]) >= 580 else 12}]" if nvidia else ""

@@ -42,6 +42,7 @@ from statistics import median
 from jaxpar import Model, Plan, Recipe, Refused, family
 from jaxpar.cli import exit_codes, parse
 from jaxpar.core.refuse import Problem
+from jaxpar.train.folder import inside
 
 BASE = Recipe(
     model=Model("gpt", layers=2, width=128, heads=16, context=64),
@@ -218,7 +219,7 @@ def folder_of(options) -> Path:
     Raises:
         Refused: if there is a table already.
     """
-    folder = Path(options.runs_dir) / options.name
+    folder = inside(options.runs_dir, options.name)
     if (folder / "table.json").exists() and not options.overwrite:
         raise Refused([Problem("name", options.name, f"{folder} has a table.", "--overwrite, or another --name")])
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,12 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,12 +82,19 @@ def chaos(kills: int, seed: int, folder: Path) -> Outcome:
             told = running.communicate()[1]
         else:
             sign = rng.choice(["compiling", "compiled", "step"])  # starting python is like any other program's start
-            next((line for line in running.stderr if sign in line), "")
+            told = ""
+            while line := running.stderr.readline():
+                told += line
+                if sign in line:
+                    break
             time.sleep(rng.uniform(0, 1.0))
             running.kill()
-            told = running.communicate()[1]
+            told += running.communicate()[1]
         if newest_good(checkpoints) < good:
             wrong.append(f"after kill {killed}: the newest good checkpoint was {good}, is {newest_good(checkpoints)}")
+        begun = re.search(r"resuming .*: (\d+) of", told)
+        if good and "compiling" in told and not (begun and int(begun[1]) >= good):
+            wrong.append(f"after kill {killed}: {good} was good, and the next start said:\n{told}")
         saving += any(checkpoints.glob("*.part")) if checkpoints.is_dir() else 0
         resumed.append(newest_good(checkpoints))
         if killed == kills or running.returncode == 0:
@@ -96,7 +105,11 @@ def chaos(kills: int, seed: int, folder: Path) -> Outcome:
             wrong.append(f"start {killed} ended by itself with {running.returncode}:\n{told}")
             break
         killed += 1
-    start(recipe, folder, "alone").communicate()
+    alone = start(recipe, folder, "alone")
+    if alone.communicate() and alone.returncode:
+        wrong.append(f"the run that was left alone ended with {alone.returncode}")
+    if killed < kills:
+        wrong.append(f"it was killed {killed} times, not {kills}")
     return Outcome(killed, saving, resumed, [*wrong, *differences(folder)])
 
 
@@ -120,9 +133,7 @@ def newest_good(checkpoints: Path) -> int:
 def differences(folder: Path) -> list[str]:
     """Where the killed run is not, bit by bit, the one that was left alone."""
     alone, killed = (lines(folder / name / "run" / "metrics.jsonl") for name in ("alone", "killed"))
-    found = [
-        f"step {step}: {killed.get(step)} instead of {alone[step]}" for step in alone if killed.get(step) != alone[step]
-    ]
+    found = [f"line {one}, not {other}" for one, other in zip_longest(killed, alone) if one != other]
     ids = dict(line.split() for line in (folder / "alone.log").read_text().splitlines())
     for line in (folder / "killed.log").read_text().splitlines():
         step, *digest = line.split()
@@ -135,14 +146,12 @@ def differences(folder: Path) -> list[str]:
     return found + ([] if last[0] == last[1] else ["the last states differ"])
 
 
-def lines(path: Path) -> dict:
-    """What metrics.jsonl says of each step that does not depend on the clock."""
-    found = {}
-    for line in map(json.loads, path.read_text().splitlines()):
-        for name in ("loss", "grad_norm", "held_out_loss"):
-            if name in line:
-                found[f"{line['step']} {name}"] = line[name]
-    return found
+def lines(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    kept = ("step", "loss", "grad_norm", "learning_rate", "held_out_loss")
+    return [
+        {name: line[name] for name in kept if name in line} for line in map(json.loads, path.read_text().splitlines())
+    ]
 
 
 def main() -> None:

@@ -161,9 +161,15 @@ def test_everything_is_on_the_disk_before_it_is_called_good(tmp_path, running, m
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's other writes, when one failed
-@pytest.mark.parametrize("room", random.Random(4).sample(range(1, 20_000), 6))
-def test_a_full_disk_is_an_error_at_once(room, two, running):
-    """A limit on the size of files stands for a full disk: a write ends in the middle, with an error of the system."""
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "in the middle"])
+@pytest.mark.parametrize("room", random.Random(4).sample(range(1, 20_000), 5))
+def test_a_full_disk_is_an_error_at_once(room, asked, two, running, monkeypatch):
+    """A limit on the size of files stands for a full disk: a write ends with an error of the system.
+
+    Room is asked for first; but somebody else may take it, and then a write ends in the middle.
+    """
+    if not asked:
+        monkeypatch.setattr(checkpoint, "_ask_for_room", lambda folder, size: None)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
@@ -204,6 +210,7 @@ def test_a_run_stops_when_the_disk_is_full_and_goes_on_when_it_is_not(tmp_path, 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_lines_that_cannot_be_written_stop_a_run(tmp_path):
     fit(replace(TINY, steps=2), name="run", runs_dir=str(tmp_path), report=quiet())
+    (tmp_path / "run" / "summary.json").unlink()
     (tmp_path / "run" / "summary.json.part").symlink_to("/dev/full")
     with pytest.raises(NotSaved, match="No space left"):
         fit(replace(TINY, steps=2), name="run", runs_dir=str(tmp_path), report=quiet())
@@ -304,3 +311,97 @@ def test_a_checkpoint_of_an_earlier_version_is_restored_bitwise(running):
         found = checkpoint.newest(golden, made, pytest.fail)
         assert_same_bits(found.state, made_up(running, 3))
     assert Recipe.from_json(json.dumps(found.manifest["about"]["recipe"])) == TINY
+
+
+def failing(error):
+    def call(*args, **fields):
+        raise error
+
+    return call
+
+
+def test_what_cannot_be_read_just_now_is_not_damaged(two, running, monkeypatch):
+    """Out of memory, a mount that went away, no rights: going back would lose what is as good as ever."""
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            ocp.Checkpointer, "restore", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("Out of memory"))
+        )
+        with pytest.raises(Refused, match=r"4: is as it was written, and yet could not be restored: Out of memory"):
+            checkpoint.newest(two, running, pytest.fail)
+    with monkeypatch.context() as broken:
+        broken.setattr(manifest, "_digest", failing(OSError(5, "Input/output error")))
+        with pytest.raises(Refused, match="cannot be read: Input/output error"):
+            checkpoint.newest(two, running, pytest.fail)
+    assert checkpoint.newest(two, running, pytest.fail).manifest["step"] == 4
+
+
+def test_a_run_that_was_done_and_lost_its_checkpoints_is_not_begun_anew(tmp_path):
+    where = {"name": "run", "runs_dir": str(tmp_path)}
+    done = fit(replace(TINY, steps=2), **where, report=quiet())
+    shutil.rmtree(done.folder / "checkpoints")
+    with pytest.raises(Refused, match=r"checkpoints: there is none, and the run was done"):
+        fit(replace(TINY, steps=2), **where, report=quiet())
+    assert len((done.folder / "metrics.jsonl").read_text().splitlines()) == 3, "nothing was lost"
+    (done.folder / "summary.json").unlink()
+    notes = []
+    fit(replace(TINY, steps=2), **where, report=quiet()._replace(note=notes.append))
+    assert notes[0].startswith("WARNING") and "as far as step 2" in notes[0]
+
+
+def test_a_disk_that_is_full_at_the_start_is_one_message(tmp_path, monkeypatch):
+    fit(replace(TINY, steps=2), name="run", runs_dir=str(tmp_path), report=quiet())
+    (tmp_path / "run" / "metrics.jsonl.part").symlink_to("/dev/full")
+    with pytest.raises(NotSaved, match="No space left"):
+        fit(replace(TINY, steps=2), name="run", runs_dir=str(tmp_path), report=quiet())
+
+
+def test_old_ones_that_cannot_be_deleted_are_a_warning(tmp_path, running, monkeypatch):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, running, made_up(running, step), {})
+    rename = os.rename
+
+    def refusing(a, b):
+        if str(b).endswith(".gone"):
+            raise PermissionError(13, "Permission denied")
+        return rename(a, b)
+
+    monkeypatch.setattr(os, "rename", refusing)
+    with pytest.warns(UserWarning, match="the new checkpoint is saved"):
+        assert checkpoint.save(tmp_path, running, made_up(running, 4), {}) == 4
+    assert checkpoint.steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_a_reader_keeps_up_with_a_run_that_goes_on(two, running, monkeypatch):
+    """The step that it was about to read is deleted, and a newer one is there."""
+    restore, asked = checkpoint.restore, []
+
+    def slow(folder, program, step):
+        asked.append(step)
+        if len(asked) == 1:
+            checkpoint.save(folder, running, made_up(running, 5), {})
+            shutil.rmtree(folder / "3")
+            shutil.rmtree(folder / "4")
+        return restore(folder, program, step)
+
+    monkeypatch.setattr(checkpoint, "restore", slow)
+    found = checkpoint.newest(two, running, pytest.fail)
+    assert found.manifest["step"] == 5 and not found.damaged
+
+
+@pytest.mark.parametrize("name", ["5", "2"])
+def test_a_checkpoint_under_another_number_is_damaged(name, two, running):
+    shutil.move(two / "4", two / name)
+    found = checkpoint.newest(two, running, lambda text: None)
+    assert found.manifest["step"] == 3
+    assert [one.reason for one in found.damaged] == (["is of step 4"] if name == "5" else [])
+    (two / "0003").mkdir()
+    assert "0003" not in map(str, checkpoint.steps(two)), "a name that is not as a step is written is none"
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    done = fit(replace(TINY, steps=2), name="run", runs_dir=str(tmp_path), report=quiet())
+    before = {path.name: path.read_text() for path in done.folder.iterdir() if path.is_file()}
+    other = replace(TINY, steps=2, plan=Plan(data=2), evaluate_every=7)
+    again = fit(other, name="run", runs_dir=str(tmp_path), report=quiet())
+    assert_same_bits(again.state, done.state)
+    assert {path.name: path.read_text() for path in done.folder.iterdir() if path.is_file()} == before

@@ -109,7 +109,8 @@ def machine(tmp_path, monkeypatch):
 
 
 NETWORK_CARD = {"sys/bus/pci/devices/0/vendor": "0x1ae0\n", "sys/bus/pci/devices/0/device": "0x0042\n"}
-TPU = NETWORK_CARD | {"sys/bus/pci/devices/1/device": "0x0063\n"}
+TPU = NETWORK_CARD | {"sys/bus/pci/devices/1/vendor": "0x1ae0\n", "sys/bus/pci/devices/1/device": "0x0063\n"}
+FOREIGN = {"sys/bus/pci/devices/2/vendor": "0x8086\n", "sys/bus/pci/devices/2/device": "0x0063\n"}
 DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}.82.07  Wed\n"
 
 
@@ -117,7 +118,7 @@ DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}.82.07  Wed\n"
     "files, wanted",
     [
         ({}, ["jaxpar"]),
-        (NETWORK_CARD, ["jaxpar"]),
+        (NETWORK_CARD | FOREIGN, ["jaxpar"]),
         (TPU, ["jaxpar[tpu]"]),
         ({"proc/driver/nvidia/version": DRIVER.format(550)}, ["jaxpar[cuda12]"]),
         ({"proc/driver/nvidia/version": DRIVER.format(580)}, ["jaxpar[cuda13]"]),

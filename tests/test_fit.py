@@ -244,3 +244,19 @@ def test_the_learning_rate_is_that_of_the_optimizer(run):
     rates = [line["learning_rate"] for line in lines_of(run) if "loss" in line]
     (count,) = {int(leaf) for leaf in jax.tree.leaves(run.state.opt) if leaf.ndim == 0}
     assert count == TINY.steps == len(rates) and rates[0] == 0 and rates[1] == max(rates) > rates[-1] > 0
+
+
+def test_the_rate_that_is_written_is_the_one_that_was_used(user_data, tmp_path):
+    recipe = replace(user_data("inputs[:] = 3e38 if step in (2, 3) else 0.1 * step"), evaluate_every=0)
+    where = {"runs_dir": str(tmp_path), "report": quiet()}
+    runs = fit(recipe, name="bad", **where), fit(replace(recipe, data=Data("digits")), name="digits", **where)
+    bad, whole = ([line["learning_rate"] for line in lines_of(run) if "loss" in line] for run in runs)
+    assert bad == [*whole[:3], whole[2], *whole[2:8]], "an update that was skipped moves no schedule"
+
+
+def test_a_smaller_limit_counts_what_was_skipped_before(user_data, tmp_path):
+    recipe = replace(user_data("if step >= 3: inputs[:] = 3e38"), checkpoint_every=5, skip_limit=4)
+    with pytest.raises(NonFinite, match="step 7"):
+        fit(recipe, name="bad", runs_dir=str(tmp_path), report=quiet())
+    with pytest.raises(NonFinite, match=r"step 6: .*update 3 in a row"):
+        fit(replace(recipe, skip_limit=1), name="bad", runs_dir=str(tmp_path), report=quiet())

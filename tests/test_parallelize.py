@@ -224,3 +224,40 @@ def test_the_example_of_the_docstring_runs():
     names = {}
     exec(compile(textwrap.dedent(example), "docstring", "exec"), names)
     assert int(names["state"].step) == 10 and float(names["loss"]) < 0.5
+
+
+@pytest.mark.parametrize(
+    "params, plan, optimizer, told",
+    [
+        (np.ones(4, np.float32), 7, None, "plan = 7: must be a Plan or its text"),
+        (np.ones(4, np.float32), "data=1", "adamw", "optimizer = 'adamw': must be an optax transformation"),
+        (
+            {"n": np.ones(4, np.int32)},
+            "data=1",
+            None,
+            r"params\['n'\] = \(4,\): must be an array of numbers with a gradient",
+        ),
+        ({"n": "text"}, "data=1", None, r"params\['n'\] = text: must be an array"),
+    ],
+)
+def test_what_is_no_plan_no_optimizer_or_no_parameter_is_refused(params, plan, optimizer, told):
+    with pytest.raises(Refused, match=told):
+        jaxpar.parallelize(lambda params, batch: 0.0, params, plan, optimizer)
+
+
+def test_a_tree_may_be_callable_as_modules_are():
+    @jax.tree_util.register_pytree_node_class
+    class Module(tuple):
+        def tree_flatten(self):
+            return tuple(self), None
+
+        @classmethod
+        def tree_unflatten(cls, _, leaves):
+            return cls(leaves)
+
+        def __call__(self, x):
+            return x @ self[0]
+
+    run = jaxpar.parallelize(lambda module, x: module(x).mean(), Module([jnp.ones((4, 4))]), "data=2")
+    state, loss = run.step(run.init(Module([jnp.ones((4, 4))])), jnp.ones((2, 4)))
+    assert float(loss) == 4.0 and isinstance(state.params, Module)

@@ -10,6 +10,7 @@ import pytest
 from jaxpar.core import compat, family
 from jaxpar.core.plan import Plan, scheme_of
 from jaxpar.core.recipe import Model, Recipe
+from jaxpar.core.refuse import Refused
 from jaxpar.plan import layout, mesh, product
 from jaxpar.plan.context import Settings, context
 from jaxpar.plan.layout import place
@@ -209,3 +210,25 @@ def test_a_bill_needs_no_devices(tensor, monkeypatch):
         monkeypatch.setattr(owner, function, none)
     assert prod(scheme_of(tensor).axes.values()) in (64, 512)
     assert_closed_form(tensor, **POD)
+
+
+OWN = """
+from jaxpar.core.scheme import Scheme
+
+def mine(t):
+    return Scheme(axes={axes}, outer=((), ()), inner=((), {inner}), up=((), ("tensor",)), down=(("tensor",), ()))
+"""
+
+
+@pytest.mark.parametrize(
+    "axes, inner, told",
+    [
+        ('{"tensor": t}', '("tensr",)', "`inner` names the axis 'tensr'.*did you mean `tensor`"),
+        ('{"tensor": t}', '("tensor", "tensor")', "`inner` splits by 'tensor' more than once"),
+        ('{"tensor": t, "data": 2}', '("tensor",)', "names an axis `data`, which is jaxpar's own"),
+    ],
+)
+def test_a_scheme_of_ones_own_is_read_closely(axes, inner, told, tmp_path):
+    (tmp_path / "own.py").write_text(OWN.format(axes=axes, inner=inner))
+    with pytest.raises(Refused, match=rf"plan.tensor = .*{told}"):
+        scheme_of(f"{tmp_path}/own.py:mine:2")

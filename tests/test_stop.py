@@ -1,5 +1,6 @@
 """Nothing is lost when a run is stopped: in every phase, by signals, by standing still, by errors."""
 
+import json
 import os
 import signal
 import subprocess
@@ -117,33 +118,32 @@ with cli.exit_codes():
 """
 
 
-def child(recipe: Recipe, runs_dir, watchdog="600", **how):
+def child(recipe: Recipe, runs_dir, watchdog="600", code=TRAIN):
     """A run in a process of its own."""
     env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-c", TRAIN, recipe.to_json(), str(runs_dir), watchdog]
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, **how)
+    command = [sys.executable, "-c", code, recipe.to_json(), str(runs_dir), watchdog]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_run_that_stands_still_is_ended_with_its_stacks(tmp_path):
     (tmp_path / "mine.py").write_text(STUCK)
     recipe = replace(TINY, data=replace(TINY.data, name=f"{tmp_path}/mine.py:stuck"))
-    running = child(recipe, tmp_path, "3")
+    running = child(recipe, tmp_path, "10")
     told = running.communicate(timeout=300)[1]
     assert running.returncode == EXIT_CODE == 76, told
     stacks = (tmp_path / "run" / "stacks.txt").read_text()
     for text in (told, stacks):
-        assert "nothing was finished for 3 s" in text and 'mine.py", line 7 in <lambda>' in text
+        assert "nothing was finished for 10 s" in text and 'mine.py", line 7 in <lambda>' in text
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [4]
 
 
 def test_a_watchdog_that_is_told_stays_quiet(monkeypatch):
     ended = []
     monkeypatch.setattr("jaxpar.train.watchdog._end", lambda *args: ended.append(args))
-    with watchdog(0.2, None) as alive:
-        for _ in range(5):
+    with watchdog(2.0, None) as alive:
+        for _ in range(30):
             time.sleep(0.1)
             alive()
-    time.sleep(0.3)
     assert not ended
     with watchdog(0.1, None) as alive:
         alive()
@@ -155,6 +155,38 @@ def test_a_watchdog_that_is_told_stays_quiet(monkeypatch):
 def test_a_watchdog_needs_seconds(seconds):
     with pytest.raises(Refused, match="watchdog = "):
         fit(TINY, watchdog=seconds, report=quiet())
+
+
+def test_a_slow_sink_is_no_reason_for_the_watchdog(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import time\nfrom jaxpar.core.types import Sink\n"
+        "def slow(folder, recipe, lines):\n    return Sink(lambda line: None, lambda: time.sleep(4))\n"
+    )
+    code = TRAIN.replace("watchdog=float", f"sinks=['{tmp_path}/mine.py:slow'], watchdog=float")
+    assert "slow" in code
+    running = child(replace(TINY, steps=2), tmp_path, "3", code)
+    assert running.wait(timeout=300) == 0, running.stderr.read()
+    running.stderr.close()
+
+
+def test_a_run_that_nobody_reads_goes_on(tmp_path):
+    """As with `2>&1 | head`: the pipe is broken, and the run is whole."""
+    running = child(TINY, tmp_path)
+    running.stderr.close()
+    assert running.wait(timeout=300) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == TINY.steps
+
+
+def test_the_last_evaluation_is_made_on_resume_and_compiled_first(whole, tmp_path, monkeypatch):
+    where = {"name": "run", "runs_dir": str(tmp_path), "report": quiet()}
+    with monkeypatch.context() as patched:
+        signalling(patched, ahead, "checked", signal.SIGTERM, 5 + 2 + 5 + 1)  # steps, evaluation, steps, evaluation
+        with pytest.raises(Interrupted, match="after step 10 of 10"):
+            fit(TINY, **where)
+    resumed = fit(TINY, **where)
+    assert resumed.losses == whole.losses and resumed.held_out == whole.held_out
+    assert resumed.bill is not None, "it was compiled ahead, and not within the watchdog's time of an evaluation"
+    assert fit(TINY, **where).bill is None, "now there is nothing left"
 
 
 @pytest.mark.slow

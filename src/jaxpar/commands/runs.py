@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 from jaxpar import cli
 from jaxpar.core.refuse import Problem, Refused
 from jaxpar.report.columns import aligned
-from jaxpar.train import record
+from jaxpar.train import folder, record
 from jaxpar.train.record import Record
 
 NUMBERS = ("steps", "loss, nats", "held out", "tokens/s")
@@ -91,7 +91,7 @@ def _row(one: Record) -> tuple[str, ...]:
 
 def _differences(found: list[Record]) -> str:
     """The fields of the recipes that are not the same in all, a column per run."""
-    flat = [_flat(dataclasses.asdict(one.recipe) | {"plan": str(one.recipe.plan)}) for one in found]
+    flat = [folder.flat(dataclasses.asdict(one.recipe) | {"plan": str(one.recipe.plan)}) for one in found]
     rows = [[field, *(str(fields[field]) for fields in flat)] for field in flat[0]]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     return (
@@ -99,12 +99,6 @@ def _differences(found: list[Record]) -> str:
         if rows
         else "all fields of their recipes are equal"
     )
-
-
-def _flat(values: dict) -> dict:
-    """`{"model": {"name": "gpt"}}` as `{"model.name": "gpt"}`."""
-    pairs = ((name, value if isinstance(value, dict) else {"": value}) for name, value in values.items())
-    return {".".join(filter(None, (name, inner))): value for name, fields in pairs for inner, value in fields.items()}
 
 
 def _picture(found: list[Record], path: Path) -> Path:

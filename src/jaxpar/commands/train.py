@@ -39,4 +39,5 @@ def _trained(recipe: Recipe, fit: Callable) -> None:
     run = fit(recipe)
     for step, nats in run.held_out[-1:]:
         print(f"held-out loss {nats:.4f} nats after {step} steps")
-    print(f"training loss {run.losses[-1]:.4f} nats; everything is in {run.folder}")
+    for nats in run.losses[-1:]:
+        print(f"training loss {nats:.4f} nats; everything is in {run.folder}")

@@ -1,4 +1,7 @@
-"""Archives of somebody else, unpacked so that nothing lands outside the folder or grows beyond what was agreed."""
+"""Archives of somebody else, unpacked so that nothing lands outside the folder or grows beyond what was agreed.
+
+No dataset of this version comes in one; the first that does is unpacked by `unpack`.
+"""
 
 import bz2
 import gzip

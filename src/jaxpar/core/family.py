@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -121,8 +122,9 @@ def _same(one: str | None, other: str) -> bool:
 @functools.lru_cache(maxsize=64)
 def _run(path: str, changed: int) -> ModuleType:
     """The module in `path`, run once per version of it: the one place where jaxpar runs code that it is given."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"jaxpar_user_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for their module there
     spec.loader.exec_module(module)
     return module
 

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from jaxpar.core import family
-from jaxpar.core.refuse import Problem, Refused, near_miss
+from jaxpar.core.refuse import Problem, Refused, near_miss, refuse
 from jaxpar.core.scheme import Scheme
 
 
@@ -122,4 +122,23 @@ def scheme_of(tensor: str) -> Scheme:
         rule = f"{name} needs {len(wanted)} sizes of at least 1, as in {form}." if wanted else f"{name} takes no sizes."
         legal = ":".join(filter(None, [name, "x".join(["2"] * len(wanted))]))
         raise Refused([Problem("plan.tensor", tensor, rule, legal)])
-    return member(*map(int, given))
+    found = member(*map(int, given))
+    refuse(_of_tables(tensor, found))
+    return found
+
+
+def _of_tables(tensor: str, scheme: Scheme) -> list[Problem]:
+    """Layouts of a user's own scheme that cannot be, and would pass: an axis that is none simply splits nothing."""
+    if "data" in scheme.axes:
+        return [Problem("plan.tensor", tensor, "names an axis `data`, which is jaxpar's own.", "another name")]
+    problems = []
+    for field in ("outer", "inner", "up", "down", "table", "across", "inside", "enter"):
+        axes = [axis for dim in getattr(scheme, field) or () for axis in dim]
+        for axis in dict.fromkeys(axes):
+            if axis not in scheme.axes:
+                rule = f"`{field}` names the axis {axis!r}, which is none of the scheme's."
+                problems.append(Problem("plan.tensor", tensor, rule, near_miss(axis, scheme.axes)))
+            elif axes.count(axis) > 1:
+                rule = f"`{field}` splits by {axis!r} more than once."
+                problems.append(Problem("plan.tensor", tensor, rule, "each axis once in an array"))
+    return problems

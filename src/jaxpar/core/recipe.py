@@ -75,7 +75,7 @@ class Recipe:
         evaluate_batches: held-out batches per evaluation, at most.
         checkpoint_every: steps between checkpoints; 0 for the end only.
         skip_limit: updates skipped in a row, since loss or gradients were no numbers, after which the run stops.
-        peak_tflops: 1e12 flops per second of one device that MFU is reckoned against; by default the chip's, if known.
+        peak_tflops: 1e12 flops per second of one device, for MFU; by default those of the chip in bfloat16, if known.
     """
 
     model: Model = field(default_factory=Model)

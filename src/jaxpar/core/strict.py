@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 from jaxpar.core.refuse import Problem, Refused, near_miss, refuse
 
 MOST_BYTES = 1 << 20  # of one file of settings
+LEGAL = {int: "8", float: "0.1", bool: "true"}
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
 
 
@@ -32,7 +34,7 @@ def mistyped(record: Any, above: str = "") -> Iterator[Problem]:
         elif type(value) not in wanted and not (type(value) is int and float in wanted):
             words = " or ".join(WORDS.get(kind, kind.__name__) for kind in wanted)
             default = field.default if field.default is not dataclasses.MISSING else None
-            legal = _shown(default) if default is not None else ""
+            legal = _shown(default) if default is not None else LEGAL.get(wanted[0], "")
             yield Problem(name, repr(value), f"must be {words}, got {type(value).__name__}.", legal)
 
 
@@ -46,27 +48,39 @@ def parsed(text: str, what: str) -> dict:
     Raises:
         Refused: naming the line of an error, every key that is given twice, and NaN and infinities, which are not JSON.
     """
-    problems = []
-
-    def pairs(items: list[tuple[str, Any]]) -> dict:
-        names = [name for name, _ in items]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        problems.extend(Problem(name, [v for n, v in items if n == name], "is given twice.", "once") for name in twice)
-        return dict(items)
-
-    def constant(name: str) -> float:
-        problems.append(Problem(what, name, "is not a number.", "a finite number"))
-        return 0.0
-
     if len(text) > MOST_BYTES:
         raise Refused([Problem(what, f"{len(text):,} bytes", f"is more than {MOST_BYTES:,} bytes long.")])
     try:
-        found = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        found = json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
         raise Refused([Problem(what, _begun(text), f"is not JSON: {error}.", "the recipe.json of a run")]) from error
-    if not isinstance(found, dict):
-        problems.append(Problem(what, _begun(text), "must be one JSON object.", '{"steps": 100}'))
+    if not isinstance(found, _Pairs):
+        raise Refused([Problem(what, _begun(text), "must be one JSON object.", '{"steps": 100}')])
+    problems = []
+    values = _plain(found, "", problems)
     refuse(problems)
+    return values
+
+
+class _Pairs(tuple):
+    """The (key, value) pairs of a JSON object, as they stand there."""
+
+
+def _plain(value: Any, name: str, problems: list[Problem]) -> Any:
+    """`value` with objects as dicts; what is wrong in it is added to `problems`, by its dotted name."""
+    if isinstance(value, float) and not math.isfinite(value):
+        problems.append(Problem(name, value, "is not a finite number.", "a finite number"))
+    if isinstance(value, list):
+        return [_plain(one, name, problems) for one in value]
+    if not isinstance(value, _Pairs):
+        return value
+    found = {}
+    for key, inner in value:
+        dotted = f"{name}.{key}" if name else key
+        if key in found:
+            given = [_shown(other) for twice, other in value if twice == key]
+            problems.append(Problem(dotted, " and ".join(given), "is given twice.", f"{dotted}, once"))
+        found[key] = _plain(inner, dotted, problems)
     return found
 
 
@@ -81,6 +95,7 @@ def unknown(values: dict, kind: type, above: str = "") -> list[Problem]:
 
 
 def _begun(text: str) -> str:
+    text = " ".join(text.split()) or "(nothing)"
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 

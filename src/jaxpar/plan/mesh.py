@@ -57,8 +57,8 @@ def devices(count: int) -> list[jax.Device]:
     if len(found) < count:
         rule = f"needs {count} devices, but jax has already made {len(found)} ({found[0].platform})."
         legal = (
-            f'restart Python (in a notebook: Runtime > Restart) and run jax.config.update("jax_num_cpu_devices", '
-            f"{count}) first, right after importing jax; or take a plan for {len(found)}, such as data={len(found)}"
+            f"restart Python (in a notebook: Runtime > Restart) and call jaxpar.simulate({count}) before anything "
+            f"else; or take a plan for {len(found)}, such as data={len(found)}"
         )
         raise Refused([Problem("plan", "the mesh", rule, legal)])
     return found[:count]

@@ -23,6 +23,7 @@ CHIPS = (
     Chip("TPU v6e", 918, "Google Cloud documentation, TPU v6e"),
     Chip("NVIDIA A100", 312, "NVIDIA A100 datasheet"),
     Chip("NVIDIA H100 PCIe", 756, "NVIDIA H100 datasheet, without sparsity"),
+    Chip("NVIDIA H100 NVL", 835, "NVIDIA H100 datasheet, without sparsity"),
     Chip("NVIDIA H100", 989, "NVIDIA H100 datasheet, SXM, without sparsity"),
     Chip("NVIDIA H200", 989, "NVIDIA H200 datasheet, SXM, without sparsity"),
 )

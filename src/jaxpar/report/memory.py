@@ -1,18 +1,14 @@
 """What a step must hold on each device, from shapes alone: a plan that cannot fit is refused before it is compiled."""
 
 import math
-import os
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 
 import jax
 
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Problem
+from jaxpar.report import machine
 from jaxpar.step.program import Program
-
-CGROUP = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
 
 
 def held(program: Program) -> dict[str, int]:
@@ -34,18 +30,8 @@ def available(device: jax.Device, devices: int) -> int | None:
     """Bytes that one device has; simulated devices share the memory of this machine. None if nobody says."""
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
-    found = host()
-    return found // devices if found else None
-
-
-def host() -> int | None:
-    """Bytes of memory that this process may use; None if the system does not say."""
-    limits = []
-    with suppress(OSError, ValueError, AttributeError):
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with suppress(OSError, ValueError):
-        limits.append(int(CGROUP.read_text()))
-    return min(limits, default=None)
+    found = machine.memory()
+    return found[1] // devices if found else None
 
 
 def problems(plan: Plan, program: Program) -> Iterator[Problem]:
@@ -60,6 +46,19 @@ def problems(plan: Plan, program: Program) -> Iterator[Problem]:
             f"{room / 2**30:,.1f} GiB."
         )
         yield Problem("memory", plan, rule, "a smaller model, or a scheme that splits weights further, as fsdp:N does")
+
+
+def of_compiled(plan: Plan, program: Program, compiled: jax.stages.Compiled) -> Iterator[Problem]:
+    """One problem if the compiled step, activations and all, asks for more than a device has."""
+    said, devices = compiled.memory_analysis(), program.mesh.devices
+    room = available(devices.flat[0], devices.size)
+    if said is None or room is None:
+        return
+    total = said.argument_size_in_bytes + said.temp_size_in_bytes + said.output_size_in_bytes - said.alias_size_in_bytes
+    if total > room:
+        rule = f"the compiled step asks for {total / 2**30:,.1f} GiB on each device, which has {room / 2**30:,.1f} GiB."
+        legal = "a smaller batch or model.context; more microbatches; or a scheme that splits more"
+        yield Problem("memory", plan, rule, legal)
 
 
 def _bytes(tree) -> int:

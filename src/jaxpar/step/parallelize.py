@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpar.core import family
+from jaxpar.core import family, strict
 from jaxpar.core.plan import Plan, scheme_of
 from jaxpar.core.refuse import Collector, Problem, refuse
 from jaxpar.core.scheme import Axes
@@ -84,9 +84,10 @@ def parallelize(
 
     Source: Rajbhandari et al. 2020 (ZeRO), arXiv:1910.02054, section 5.3, for `fsdp`.
     """
-    plan = Plan.parse(plan) if isinstance(plan, str) else plan
     optimizer = optimizer or optax.adamw(3e-4)
-    refuse([*_of_plan(plan), *_of_params(params)])
+    refuse(_of_kinds(plan, optimizer))
+    plan = Plan.parse(plan) if isinstance(plan, str) else plan
+    refuse([*strict.mistyped(plan, "plan."), *_of_plan(plan), *_of_params(params)])
     axes = {name: size for name, size in {"data": plan.data, **scheme_of(plan.tensor).axes}.items() if size > 1}
     shapes = jax.eval_shape(lambda tree: tree, params)
     return _laid_out(loss_fn, shapes, axes, plan.microbatches, optimizer)
@@ -106,7 +107,7 @@ def _laid_out(loss_fn: Callable, shapes: Tree, axes: dict[str, int], microbatche
         return State(jnp.int32(0), own, {}, optimizer.init(own), {})
 
     def init(params):
-        if callable(params):
+        if callable(params) and jax.tree_util.all_leaves([params]):  # a tree may be callable, as modules are
             return jax.jit(lambda: born(params()), out_shardings=shardings)()
         return jax.jit(born, out_shardings=shardings)(jax.device_put(params, places))
 
@@ -204,9 +205,22 @@ def _of_plan(plan: Plan):
         yield Problem("plan.tensor", plan.tensor, rule, f"single, or fsdp:{int(np.prod([*scheme.axes.values()]))}")
 
 
+def _of_kinds(plan, optimizer):
+    if not isinstance(plan, str | Plan):
+        yield Problem("plan", repr(plan), "must be a Plan or its text.", '"data=2,tensor=fsdp:4"')
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        yield Problem("optimizer", repr(optimizer), "must be an optax transformation.", "optax.adamw(3e-4)")
+
+
 def _of_params(params: Tree):
-    if not jax.tree.leaves(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
         yield Problem("params", params, "has no arrays.", 'a tree of arrays, such as net.init(key, x)["params"]')
+    for path, leaf in leaves:
+        name, dtype = f"params{jax.tree_util.keystr(path)}", getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+            rule = f"must be an array of numbers with a gradient, got {dtype or type(leaf).__name__}."
+            yield Problem(name, getattr(leaf, "shape", leaf), rule, "float32; close loss_fn over what is not trained")
 
 
 def _of_batch(batch: Tree, axes: dict[str, int], microbatches: int):

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from jaxpar.core.recipe import Recipe
+from jaxpar.core.refuse import refuse
 from jaxpar.core.types import Dataset, State
-from jaxpar.report import chips, flops
+from jaxpar.report import chips, flops, memory
 from jaxpar.report.bill import Bill, bill
 from jaxpar.step.parts import Parts, learning_rate
 from jaxpar.step.program import Program
@@ -50,25 +51,37 @@ class Compiled(NamedTuple):
 
 
 def ready(
-    state: State | None, recipe: Recipe, program: Program, parts: Parts, dataset: Dataset, note: Callable[[str], None]
+    state: State | None,
+    lines: list[dict],
+    recipe: Recipe,
+    program: Program,
+    parts: Parts,
+    dataset: Dataset,
+    note: Callable[[str], None],
 ) -> tuple[State, Compiled]:
     """The state to begin with, made if there is none, and all that is left to do, compiled.
 
     Args:
         state: of the last checkpoint, if there is one.
+        lines: of metrics.jsonl up to there.
         recipe: for the numbers of steps and of held-out batches, and the stated peak.
-        program: what to compile: nothing, if all steps are done.
+        program: what to compile: nothing, if all steps and the last evaluation are done.
         parts: of the run.
         dataset: for the batches.
         note: is told how long it takes, since nothing else can be seen of it.
+
+    Raises:
+        Refused: if the compiled step asks for more memory than there is.
     """
     step, evaluate, sent, seconds = program.step, program.evaluate, None, 0.0
-    if state is None or state.step < recipe.steps:
+    done = any(line["step"] == recipe.steps and "held_out_loss" in line for line in lines[-2:])
+    if state is None or state.step < recipe.steps or not (done or dataset.held_out_batches == 0):
         note("compiling the step ...")
         began = time.perf_counter()
-        state = state or program.init()
         step = step.lower(program.shapes, program.batch).compile()
+        refuse(memory.of_compiled(recipe.plan, program, step))
         evaluate = evaluate.lower(program.shapes.params, program.shapes.extra, program.batch).compile()
+        state = state or program.init()
         seconds = time.perf_counter() - began
         note(f"compiled in {seconds:.1f} s")
         sent = bill(parts, step.as_text())

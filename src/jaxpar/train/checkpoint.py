@@ -7,11 +7,14 @@ layer order, named by its path in the State. The containers that optax uses are 
 of it is on the disk, so what has a number for a name was complete.
 """
 
+import gc
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,21 +61,13 @@ def save(folder: Path, program: Program, state: State, about: dict) -> int:
     step, arrays = int(state.step), leaves.unpadded(program, state)
     digests = {name: manifest.leaf(_finite(name, np.asarray(leaf), step)) for name, leaf in arrays.items()}
     versions = {"jax": jax.__version__, "orbax": ocp.__version__, "mesh": dict(program.mesh.shape)}
-    aside, place = folder / f"{step}.part", folder / str(step)
-    with _saving(folder, step):
-        folder.mkdir(parents=True, exist_ok=True)
-        _ask_for_room(folder, sum(leaf.nbytes for leaf in arrays.values()))
-        _remove(aside)
-        try:
-            with _orbax() as writer:
-                writer.save(aside.absolute() / STATE, args=ocp.args.PyTreeSave(leaves.nested(arrays)))
-            manifest.write(aside, step, digests, versions | about)
-            os.rename(aside, place)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its space back
-            raise
-        manifest.sync(folder)
-        _forget(folder)
+    if reason := _written(folder, step, arrays, digests, versions | about):
+        _sweep()
+        raise NotSaved(
+            f"the checkpoint of step {step} could not be written to {folder}: {reason}\n"
+            "Earlier checkpoints are untouched; once this is mended, the same command goes on from them."
+        )
+    _forget(folder)
     return step
 
 
@@ -80,7 +75,8 @@ def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in `folder`, good or damaged, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    names = [path.name for path in folder.iterdir() if path.name.isdecimal()]
+    return sorted(int(name) for name in names if str(int(name)) == name)
 
 
 def described(folder: Path, step: int) -> dict:
@@ -102,7 +98,8 @@ def restore(folder: Path, program: Program, step: int) -> State:
 
     Raises:
         Damaged: if a file or an array is not what was written.
-        Refused: naming each leaf whose name, shape or dtype differs from what the program takes.
+        Refused: naming each leaf whose name, shape or dtype differs from what the program takes; or if what is there
+            cannot be read or restored.
     """
     wanted, place = leaves.on_disk(program), folder / str(step)
     written = described(folder, step)["leaves"]
@@ -115,7 +112,10 @@ def restore(folder: Path, program: Program, step: int) -> State:
             found = leaves.flat(reader.restore(place.absolute() / STATE, args=how))
     except Exception as error:  # orbax raises bare errors of any type
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise Damaged(place, STATE, f"cannot be restored ({reason})") from error
+        rule = f"is as it was written, and yet could not be restored: {reason}."
+        raise Refused(
+            [Problem("checkpoint", place, rule, "the same again; a smaller model, if memory ran out")]
+        ) from error
     for name in wanted:
         if manifest.leaf(np.asarray(found[name])) != written[name]:
             raise Damaged(place, name, "has other values than were written")
@@ -133,14 +133,17 @@ def newest(folder: Path, program: Program, note: Callable[[str], None]) -> Found
     Raises:
         Refused: if there are checkpoints and none is good, or they are of another model.
     """
-    damaged = []
-    for step in reversed(steps(folder)):
+    there, damaged = steps(folder), []
+    for step in reversed(there):
         try:
             state = restore(folder, program, step)
             return Found(state, described(folder, step), tuple(damaged))
         except Damaged as error:
-            note(f"WARNING: {error}; going back to the checkpoint before it")
-            damaged.append(error)
+            if (folder / str(step)).exists():  # else the run that it belongs to goes on, and has deleted it
+                note(f"WARNING: {error}; going back to the checkpoint before it")
+                damaged.append(error)
+    if there and steps(folder)[-1:] != there[-1:]:
+        return newest(folder, program, note)
     if not damaged:
         return None
     rule = f"none of the {len(damaged)} checkpoints is good: " + "; ".join(map(str, damaged)) + "."
@@ -169,41 +172,67 @@ def _finite(name: str, a: np.ndarray, step: int) -> np.ndarray:
 
 
 def _ask_for_room(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < SPARE * size:
-        raise OSError(None, f"{SPARE * size:,.0f} bytes are needed and {free:,} are free; free some, or --runs-dir")
+    """Raise OSError if `size` bytes and some more do not fit: before orbax begins, since it fails in many words.
+
+    The space is taken and given back at once: what a disk says is free, a quota may withhold.
+    """
+    needed, free = int(SPARE * size) + 1, shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(None, f"{needed:,} bytes are needed and {free:,} are free; free some, or --runs-dir")
+    if hasattr(os, "posix_fallocate"):
+        with tempfile.TemporaryFile(dir=folder) as space:
+            os.posix_fallocate(space.fileno(), 0, needed)
 
 
-@contextmanager
-def _saving(folder: Path, step: int) -> Iterator[None]:
-    before = logging.root.manager.disable
+def _written(folder: Path, step: int, arrays: dict, digests: dict, about: dict) -> str:
+    """Write a checkpoint aside and give it its name; why that could not be, in one line, or nothing."""
+    aside, logged = folder / f"{step}.part", logging.root.manager.disable
     logging.disable(logging.ERROR)  # orbax logs each of its writes that failed; one message is enough
     try:
-        yield
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest.sync(folder.parent)
+        _ask_for_room(folder, sum(leaf.nbytes for leaf in arrays.values()))
+        _remove(aside)
+        with _orbax() as writer:
+            writer.save(aside.absolute() / STATE, args=ocp.args.PyTreeSave(leaves.nested(arrays)))
+        manifest.write(aside, step, digests, about)
+        os.rename(aside, folder / str(step))
+        manifest.sync(folder)
     except Exception as error:  # orbax raises bare ValueError and others, such as for a full disk
-        reason = str(getattr(error, "strerror", None) or error).partition("\n")[0]
-        raise NotSaved(
-            f"the checkpoint of step {step} could not be written to {folder}: {reason}\n"
-            "Earlier checkpoints are untouched; once this is mended, the same command goes on from them."
-        ) from error
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its space back
+        return str(getattr(error, "strerror", None) or error).partition("\n")[0] or type(error).__name__
     finally:
-        logging.disable(before)
+        logging.disable(logged)
+    return ""
+
+
+def _sweep() -> None:
+    """Let go of orbax's other writes, when one failed, without a page of "Exception ignored in" on stderr."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: None
+    gc.collect()
+    sys.unraisablehook = before
 
 
 def _forget(folder: Path) -> None:
     """Delete checkpoints beyond the newest `KEPT`, if one more than the newest of these is good."""
     *others, _ = kept = steps(folder)[-KEPT:]
-    if any(_is_good(folder / str(step)) for step in reversed(others)):
-        for step in steps(folder)[: -len(kept)]:
+    old = steps(folder)[: -len(kept)]
+    if not (old and any(_is_good(folder / str(step)) for step in reversed(others))):
+        return
+    try:
+        for step in old:
             gone = folder / f"{step}.gone"
             os.rename(folder / str(step), gone)  # at once, so that no half-deleted checkpoint has a number
             _remove(gone)
+    except OSError as error:
+        warnings.warn(f"the new checkpoint is saved, but an old one cannot be deleted: {error}", stacklevel=2)
 
 
 def _is_good(place: Path) -> bool:
     try:
         return bool(manifest.verify(place))
-    except Damaged:
+    except (Damaged, Refused):
         return False
 
 

@@ -1,9 +1,7 @@
 """Training: from a recipe to a finished run."""
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 from jaxpar.core import strict
 from jaxpar.core.recipe import Recipe
@@ -13,16 +11,17 @@ from jaxpar.report import memory
 from jaxpar.step.parts import prepare
 from jaxpar.step.program import program as program_of
 from jaxpar.train.ahead import ready
-from jaxpar.train.folder import locate
+from jaxpar.train.folder import inside, locate
 from jaxpar.train.lock import locked, refuse_held
 from jaxpar.train.loop import Outside, loop
 from jaxpar.train.metrics import book
-from jaxpar.train.progress import Report, progress
+from jaxpar.train.progress import Report, progress, unfailing
 from jaxpar.train.run import Run, finished
 from jaxpar.train.sinks import opened, wrong
 from jaxpar.train.stop import stoppable
 from jaxpar.train.store import nowhere, on_disk
 from jaxpar.train.watchdog import watchdog as watched
+from jaxpar.train.watchdog import wrong_limit
 
 
 def fit(
@@ -55,28 +54,30 @@ def fit(
         NonFinite: after `recipe.skip_limit` updates in a row were skipped since they were no numbers.
         NotSaved: if a checkpoint or a line could not be written; the newest good checkpoint is untouched.
     """
-    refuse([*strict.mistyped(recipe), *wrong(sinks, name)])
+    refuse([*strict.mistyped(recipe), *wrong(sinks, name), *wrong_limit(watchdog)])
     if name is not None:
-        refuse_held(Path(os.path.expanduser(runs_dir)) / name)
+        refuse_held(inside(runs_dir, name))
     mesh.simulate(mesh.needed(recipe.plan) or 1)  # before jax makes its devices
     parts, dataset = prepare(recipe, data_dir)
     folder = locate(recipe, name, runs_dir, overwrite) if name is not None else None
     program = program_of(parts)
     refuse(memory.problems(recipe.plan, program))
     with ExitStack() as until_done:
-        report = report or progress(recipe.steps)
+        report = unfailing(report or progress(recipe.steps))
         until_done.callback(report.close)
         if idle := mesh.idle(program.mesh):
             report.note(idle)
         if folder:
             until_done.enter_context(locked(folder, report.note))
+            locate(recipe, name, runs_dir, overwrite)  # again, now that nobody else may change what is there
         asked = until_done.enter_context(stoppable(report.note, wanted=folder is not None))
+        closing = until_done.enter_context(ExitStack())  # after the watchdog is off
         alive = until_done.enter_context(watched(watchdog, folder))
         disk = on_disk(folder, recipe, program, parts, dataset, overwrite) if folder else nowhere()
         state, lines = disk.load(report.note)
-        state, run = ready(state, recipe, program, parts, dataset, report.note)
+        state, run = ready(state, lines, recipe, program, parts, dataset, report.note)
         further = opened(sinks, folder, recipe, lines, report.note)
-        until_done.callback(further.close)
+        closing.callback(further.close)
         written = book(lambda line: (disk.append(line), further.write(line), report.line(line)), lines, recipe, run)
         state = loop(state, recipe, run, written, disk, Outside(asked, alive, report.note))
         done = finished(state, written.lines, folder, program, parts, dataset, run)

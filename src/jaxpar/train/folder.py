@@ -12,6 +12,7 @@ from pathlib import Path
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import Problem, Refused, refuse
 from jaxpar.train.lock import LOCK
+from jaxpar.train.manifest import sync
 
 RECIPE, PLAN, METRICS, SUMMARY, CHECKPOINTS = "recipe.json", "plan.txt", "metrics.jsonl", "summary.json", "checkpoints"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -27,11 +28,7 @@ def locate(recipe: Recipe, name: str, runs_dir: str, overwrite: bool = False) ->
     Raises:
         Refused: if the name cannot be that of a folder, another recipe was trained there, or it is no run's folder.
     """
-    if not NAME.fullmatch(name) or name in (".", ".."):
-        rule = "must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor .."
-        legal = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:64] or "run"
-        raise Refused([Problem("name", repr(name), rule, legal)])
-    folder = Path(os.path.expanduser(runs_dir)) / name
+    folder = inside(runs_dir, name)
     if not os.path.lexists(folder) or _is_fresh(folder):
         return folder
     if not _is_run(folder):
@@ -40,6 +37,19 @@ def locate(recipe: Recipe, name: str, runs_dir: str, overwrite: bool = False) ->
     if not overwrite:
         refuse(_differences(folder, recipe))
     return folder
+
+
+def inside(runs_dir: str, name: str) -> Path:
+    """Where the run `name` lies, whether it is there or not.
+
+    Raises:
+        Refused: if the name cannot be that of a folder, or would lie elsewhere.
+    """
+    if not NAME.fullmatch(name) or name in (".", ".."):
+        rule = "must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor .."
+        legal = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:64] or "run"
+        raise Refused([Problem("name", repr(name), rule, legal)])
+    return Path(os.path.expanduser(runs_dir)) / name
 
 
 def clear(folder: Path) -> bool:
@@ -74,6 +84,7 @@ def write(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
+    sync(part)
     os.replace(part, path)
 
 
@@ -97,11 +108,22 @@ def keep(folder: Path, step: int) -> list[dict]:
 
     A run that was killed may have got further than its last checkpoint, or have left half a line.
     """
+    kept = [line for line in lines(folder) if line["step"] <= step]
+    write(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
+
+
+def lines(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl that can be read; none if there is no such file."""
     path = folder / METRICS
     written = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = [line for line in map(_parsed, written.splitlines()) if line and line["step"] <= step]
-    write(path, "".join(json.dumps(line) + "\n" for line in lines))
-    return lines
+    return [line for line in map(_parsed, written.splitlines()) if line]
+
+
+def settle(folder: Path) -> None:
+    """Bring the lines of metrics.jsonl to the disk, so that no checkpoint is there without those of its steps."""
+    if (folder / METRICS).exists():
+        sync(folder / METRICS)
 
 
 @contextmanager
@@ -143,11 +165,11 @@ def _is_run(folder: Path) -> bool:
 def _differences(folder: Path, recipe: Recipe) -> Iterable[Problem]:
     """One problem for each field of `recipe` that means another run than the one in `folder`."""
     try:
-        there = _flat(json.loads(Recipe.from_json((folder / RECIPE).read_text(encoding="utf-8")).to_json()))
+        there = flat(json.loads(Recipe.from_json((folder / RECIPE).read_text(encoding="utf-8")).to_json()))
     except (ValueError, TypeError) as error:
         rule = f"{folder / RECIPE} is not a recipe that this version can read ({error})."
         return [Problem("name", folder.name, rule, "another --name, or --overwrite to delete that run and start anew")]
-    here = _flat(dataclasses.asdict(recipe))
+    here = flat(dataclasses.asdict(recipe))
     found = [
         Problem(field, value, f"the run in {folder} has {there[field]}.", f"{there[field]}, to resume it")
         for field, value in here.items()
@@ -157,10 +179,10 @@ def _differences(folder: Path, recipe: Recipe) -> Iterable[Problem]:
     return [*found, Problem("name", folder.name, "is that of a run of another recipe.", legal)] if found else []
 
 
-def _flat(values: dict, above: str = "") -> dict:
+def flat(values: dict, above: str = "") -> dict:
     """Fields by their dotted names; the plan stays one field."""
     found = {}
     for name, value in values.items():
         inner = isinstance(value, dict) and name != "plan"
-        found |= _flat(value, f"{above}{name}.") if inner else {above + name: value}
+        found |= flat(value, f"{above}{name}.") if inner else {above + name: value}
     return found

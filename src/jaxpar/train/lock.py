@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -45,8 +45,9 @@ def locked(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
         return
     try:
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-        os.ftruncate(handle, 0)
-        os.write(handle, json.dumps(about).encode())
+        with suppress(OSError):  # a full disk: the lock holds all the same
+            os.ftruncate(handle, 0)
+            os.write(handle, json.dumps(about).encode())
         yield
     finally:
         (folder / LOCK).unlink(missing_ok=True)

@@ -104,7 +104,11 @@ def _save_if_possible(number: int, state: State, written: Book, disk: Store, out
     """After an error: the steps before it are done, unless it was one of them that failed."""
     with suppress(Exception):
         written.settle()
+    try:
         disk.save(state)
+    except Exception as error:
+        outside.note(f"the steps since the last checkpoint could not be saved: {type(error).__name__}")
+    else:
         outside.note(f"the {number} steps before this error are saved")
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxpar.core.refuse import Problem, Refused
+
 NAME = "manifest.json"
 FORMAT = 2  # of what is on disk; a higher number is refused
 
@@ -71,13 +73,14 @@ def read(folder: Path) -> dict:
 
     Raises:
         Damaged: if it is missing or is not, byte for byte, what was written.
+        Refused: if the system cannot read it.
     """
     try:
         data = (folder / NAME).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise Damaged(folder, NAME, "is missing") from None
     except OSError as error:
-        raise Damaged(folder, NAME, f"cannot be read ({error.strerror or error})") from error
+        raise _unreadable(folder / NAME, error) from error
     try:
         found = json.loads(data)
         found.pop("sha256")
@@ -86,6 +89,8 @@ def read(folder: Path) -> dict:
         same = False
     if not same:
         raise Damaged(folder, NAME, "is empty" if not data else "is altered")
+    if str(found["step"]) != folder.name:
+        raise Damaged(folder, NAME, f"is of step {found['step']}")
     return found
 
 
@@ -94,21 +99,29 @@ def verify(folder: Path) -> dict:
 
     Raises:
         Damaged: naming the first file that is not.
+        Refused: if the system cannot read one.
     """
     found = read(folder)
     for name, wanted in found["files"].items():
         try:
             size = (folder / name).stat().st_size
             got = _digest(folder / name) if size == wanted["bytes"] else None
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise Damaged(folder, name, "is missing") from None
         except OSError as error:
-            raise Damaged(folder, name, f"cannot be read ({error.strerror or error})") from error
+            raise _unreadable(folder / name, error) from error
         if got is None:
             raise Damaged(folder, name, f"has {size:,} bytes, and {wanted['bytes']:,} were written")
         if got != wanted:
             raise Damaged(folder, name, "is altered")
     return found
+
+
+def _unreadable(path: Path, error: OSError) -> Exception:
+    """What cannot be read just now may be as good as ever: nobody may go back for that, or move it away."""
+    return Refused(
+        [Problem("checkpoint", path, f"cannot be read: {error.strerror or error}.", "mend that, and try again")]
+    )
 
 
 def sync(path: Path) -> None:

@@ -48,6 +48,7 @@ def book(write: Callable[[dict], None], lines: list[dict], recipe: Recipe, run: 
     """
     waiting, lines = [], list(lines)
     ended, once = -math.inf, {"compile_s": round(run.seconds, 3)}
+    lost = sum("skipped" in line for line in lines)  # updates that the schedule has not seen
     skipped = next((line.get("skipped", 0) for line in reversed(lines) if "loss" in line), 0)
 
     def put(line: dict) -> None:
@@ -55,17 +56,17 @@ def book(write: Callable[[dict], None], lines: list[dict], recipe: Recipe, run: 
         write(line)
 
     def finish(number: int, found, began: float, fed: float) -> None:
-        nonlocal ended, once, skipped
+        nonlocal ended, once, skipped, lost
         values = {name: float(value) for name, value in jax.device_get(found).items()}  # waits for that step
         seconds = -max(began, ended) + (ended := time.perf_counter())
         skipped = skipped + 1 if values.pop("skipped") else 0
         line = {"step": number} | {name: _or_null(value) for name, value in values.items()}
         line |= {"skipped": skipped} if skipped else {}
-        line |= {"learning_rate": float(f"{run.rate(number - 1):.6g}")} | run.speed(seconds)
+        line |= {"learning_rate": float(f"{run.rate(number - 1 - lost):.6g}")} | run.speed(seconds)
         line |= {"step_ms": round(seconds * 1e3, 3), "data_ms": round((fed - began) * 1e3, 3)}
         put(line | once)
-        once = {}
-        if skipped == recipe.skip_limit:
+        once, lost = {}, lost + bool(skipped)
+        if skipped >= recipe.skip_limit:
             raise NonFinite(_told(number, values, skipped))
 
     def step(number: int, found, began: float, fed: float) -> None:

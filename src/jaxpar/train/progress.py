@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple, TextIO
 
 from rich.console import Console
@@ -29,6 +30,19 @@ class Report(NamedTuple):
 def quiet() -> Report:
     """Tells nobody."""
     return Report(lambda text: None, lambda values: None, lambda: None)
+
+
+def unfailing(report: Report) -> Report:
+    """The same, but it never raises: whoever reads may have gone, and a run is worth more than its progress."""
+
+    def quietly(tell: Callable) -> Callable:
+        def told(*what) -> None:
+            with suppress(OSError, ValueError):  # a broken pipe, a full disk, a stream that was closed
+                tell(*what)
+
+        return told
+
+    return Report(*map(quietly, report))
 
 
 def progress(steps: int, stream: TextIO | None = None) -> Report:

@@ -1,6 +1,5 @@
 """What the folder of a run says of it, read without jax."""
 
-import json
 import math
 import os
 from datetime import datetime
@@ -57,7 +56,7 @@ def record(path: Path) -> Record:
     Raises:
         Refused: if it is no run's folder, or its recipe cannot be read.
     """
-    chosen, lines, said = recipe(path / folder.RECIPE, "run"), _lines(path / folder.METRICS), folder.summary(path)
+    chosen, lines, said = recipe(path / folder.RECIPE, "run"), folder.lines(path), folder.summary(path)
     step = max((line["step"] for line in lines), default=0)
     status = "running" if lock.holder(path) else "done" if said and step >= chosen.steps else "interrupted"
     newest = path / (folder.METRICS if lines else folder.RECIPE)
@@ -105,20 +104,3 @@ def losses(lines: list[dict]) -> tuple[list[tuple[int, float]], list[tuple[int, 
 
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _lines(path: Path) -> list[dict]:
-    """The lines that can be read; a run that was killed may have left half a one."""
-    found = []
-    try:
-        written = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    for text in written.splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            found.append(line)
-    return found

@@ -1,7 +1,6 @@
 """What a trained byte-level language model writes: from a run in memory, or from the checkpoint of one on the disk."""
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -22,6 +21,9 @@ from jaxpar.step.program import Program, program
 from jaxpar.train import checkpoint, folder, record
 from jaxpar.train.manifest import Damaged
 from jaxpar.train.run import Run
+
+MOST = 1_000_000  # bytes at once
+COLDEST = 1e-6  # logits over less would overflow
 
 
 class Writer(NamedTuple):
@@ -108,7 +110,10 @@ def restored(
         if step is not None:
             state = checkpoint.restore(checkpoints, laid_out, step)
         else:
-            state = checkpoint.newest(checkpoints, laid_out, note).state
+            found = checkpoint.newest(checkpoints, laid_out, note)
+            if found is None:  # deleted just now
+                raise Refused([Problem("run", path.name, f"{path} has no checkpoint any more.", "another run")])
+            state = found.state
     except Damaged as damaged:
         legal = "another --step, or none for the newest that is good"
         raise Refused([Problem("step", step, f"{damaged}.", legal)]) from damaged
@@ -157,10 +162,13 @@ def wrong(prompt: str, count: int, temperature: float, top_k: int | None, seed: 
     """What `sample` cannot be asked for; arguments as there."""
     if not prompt:
         yield Problem("prompt", repr(prompt), "must have at least one character.", "'def '")
-    if count < 1:
-        yield Problem("count", count, "must be at least 1.", "200")
-    if not 0 < temperature < math.inf:
-        yield Problem("temperature", temperature, "must be a number above 0.", "0.8; 0.01 for the likeliest bytes")
+    elif not prompt.isprintable() and any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
+        yield Problem("prompt", repr(prompt), "must be text.", "'def '")
+    if not 1 <= count <= MOST:
+        yield Problem("count", count, f"must lie in 1 to {MOST:,}.", "200")
+    if not COLDEST <= temperature <= 1 / COLDEST:
+        rule = f"must lie in {COLDEST:g} to {1 / COLDEST:g}."
+        yield Problem("temperature", temperature, rule, "0.8; 0.01 for the likeliest bytes")
     if top_k is not None and top_k < 1:
         yield Problem("top_k", top_k, "must be at least 1.", "40, or none for all")
     if not 0 <= seed < 2**32:

@@ -45,7 +45,7 @@ def stoppable(note: Callable[[str], None], wanted: bool) -> Iterator[Callable[[]
         seen.append(number)
         if len(seen) > 1:
             raise KeyboardInterrupt
-        with suppress(RuntimeError):  # it may have come in the middle of a line that is being printed
+        with suppress(RuntimeError, OSError, ValueError):  # amid another line, or nobody reads any more
             note(f"{signal.Signals(number).name}: finishing the step and saving; once more to stop at once")
 
     if not (wanted and threading.current_thread() is threading.main_thread()):

@@ -52,7 +52,7 @@ def on_disk(path: Path, recipe: Recipe, program: Program, parts: Parts, dataset:
         dataset: of the run, which must be the one that it was begun with.
         overwrite: whether `load` deletes what is there first.
     """
-    checkpoints, digest = path / folder.CHECKPOINTS, _digest(dataset)
+    checkpoints, digest, was_done = path / folder.CHECKPOINTS, _digest(dataset), []
 
     def load(note):
         if overwrite and folder.clear(path):
@@ -63,16 +63,26 @@ def on_disk(path: Path, recipe: Recipe, program: Program, parts: Parts, dataset:
             step = found.manifest["step"]
             how = "all is done in" if step == recipe.steps else "resuming"
             note(f"{how} {path}: {step} of {recipe.steps} steps")
-        checkpoint.tidy(checkpoints, found.damaged if found else ())
-        folder.describe(path, recipe)
-        return found.state if found else None, folder.keep(path, step)
+        else:
+            _refuse_lost(path, note)
+        with _written(path):
+            checkpoint.tidy(checkpoints, found.damaged if found else ())
+            if step == recipe.steps and folder.summary(path):
+                was_done.append(step)  # under another plan perhaps, which its files go on telling
+            else:
+                folder.describe(path, recipe)
+            return found.state if found else None, folder.keep(path, step)
 
     def save(state):
         batch = {"inputs": _shape(parts.inputs), "labels": _shape(parts.labels), "classes": dataset.classes}
         about = {"recipe": json.loads(recipe.to_json()), "data": digest, "source": dataset.source, "batch": batch}
+        with _written(path):
+            folder.settle(path)
         checkpoint.save(checkpoints, program, state, about)
 
     def finish(summary):
+        if was_done:
+            return
         with _written(path):
             text = json.dumps(folder.summary(path) | summary, indent=2, allow_nan=False)
             folder.write(path / folder.SUMMARY, text + "\n")
@@ -97,6 +107,16 @@ def _written(path: Path) -> Iterator[None]:
 
 def _shape(a: jax.ShapeDtypeStruct) -> dict:
     return {"shape": [*a.shape], "dtype": np.dtype(a.dtype).name}
+
+
+def _refuse_lost(path: Path, note: Callable[[str], None]) -> None:
+    """Without a checkpoint a run starts anew; not so one that was done."""
+    if folder.summary(path):
+        rule = "there is none, and the run was done."
+        legal = "a copy of that folder; another --name; or --overwrite to start anew"
+        raise Refused([Problem("checkpoint", path / folder.CHECKPOINTS, rule, legal)])
+    if lines := folder.lines(path):
+        note(f"WARNING: {path} got as far as step {lines[-1]['step']} and has no checkpoint of it; starting anew")
 
 
 def _refuse_other_data(about: dict, digest: str, recipe: Recipe, dataset: Dataset) -> None:

@@ -8,11 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from jaxpar.core.refuse import Problem, Refused
+from jaxpar.core.refuse import Problem
 
 EXIT_CODE = 76
 STACKS = "stacks.txt"
 GRACE = 10  # times as long may pass before the first step, which is compiled first
+
+
+def wrong_limit(seconds: float | None) -> list[Problem]:
+    """One problem if a watchdog cannot wait so long."""
+    if seconds is None or 0 < seconds < float("inf"):
+        return []
+    return [Problem("watchdog", seconds, "must be a number of seconds above 0.", "300, or no --watchdog")]
 
 
 @contextmanager
@@ -20,7 +27,8 @@ def watchdog(seconds: float | None, folder: Path | None) -> Iterator[Callable[[]
     """While inside, end this process with exit code 76 when `alive` was not called for `seconds`.
 
     A device that waits for another holds its thread for ever, and Python with it: nothing milder than the end of the
-    process helps. The stacks of all threads go to stderr and to stacks.txt in the folder of the run.
+    process helps. (Code that hangs and holds Python's own lock besides is not found.) The stacks of all threads go to
+    stderr and to stacks.txt in the folder of the run.
 
     Args:
         seconds: longer than the longest step, evaluation batch or checkpoint; None for no watchdog.
@@ -28,15 +36,10 @@ def watchdog(seconds: float | None, folder: Path | None) -> Iterator[Callable[[]
 
     Returns:
         `alive()`: something was finished. Before its first call, `GRACE` times as long may pass.
-
-    Raises:
-        Refused: if `seconds` is not above 0.
     """
     if seconds is None:
         yield lambda: None
         return
-    if not 0 < seconds < float("inf"):
-        raise Refused([Problem("watchdog", seconds, "must be a number of seconds above 0.", "300, or no --watchdog")])
     due, done = [time.monotonic() + GRACE * seconds], threading.Event()
 
     def watch():
