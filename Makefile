@@ -34,7 +34,7 @@ lint: .venv/.stamp
 	@$(RUN) -m ruff format --check .
 
 notebooks: .venv/.stamp
-	@$(INSTALL) jupytext nbclient ipykernel
+	@$(INSTALL) jupytext==1.19.6 nbclient==0.11.0 ipykernel==7.4.0
 	@JAX_PLATFORMS=cpu $(RUN) tests/notebooks.py colab/*.py
 
 clean:
