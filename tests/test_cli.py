@@ -228,3 +228,14 @@ def test_without_a_cache_there_is_one_warning(no_cache):
 def test_a_cache_of_the_caller_stays(no_cache, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     assert cache.use_cache() == "" and not no_cache.exists()
+
+
+def test_preparing_a_recipe_makes_no_devices():
+    """They are made once, and a plan that comes later may need more."""
+    code = (
+        "from jaxpar import Data, Model, Plan, Recipe, prepare, simulate; from jaxpar.report import flops\n"
+        "parts, _ = prepare(Recipe(Model('mlp', dropout=0.1), Data('digits'))); flops.of_model(parts)\n"
+        "simulate(8); import jax; print(jax.device_count())"
+    )
+    found = python("-c", code, env={"XLA_FLAGS": ""})
+    assert found.stdout == "8\n", found.stderr

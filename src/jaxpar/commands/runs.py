@@ -19,7 +19,7 @@ from jaxpar.report.columns import aligned
 from jaxpar.train import folder, record
 from jaxpar.train.record import Record
 
-NUMBERS = ("steps", "loss, nats", "held out", "tokens/s")
+NUMBERS = ("steps", "loss, nats", "held out", "speed")
 COLUMNS = ("run", "status", "model", "plan", *NUMBERS, "last change")
 
 
@@ -72,8 +72,7 @@ def _all(runs_dir: str) -> tuple[list[Record], list[str]]:
 
 def _row(one: Record) -> tuple[str, ...]:
     training, held_out = (f"{pairs[-1][1]:.4f}" if pairs else "-" for pairs in record.losses(one.lines))
-    speeds = [line["tokens_per_second"] for line in one.lines if "tokens_per_second" in line]
-    speed = f"{statistics.median(speeds):,.0f}" if speeds else "-"
+    speed = _speed(one.lines)
     what, steps = one.recipe, f"{one.step}/{one.recipe.steps}"
     name = f"{what.model.name} on {what.data.name}"
     return (
@@ -87,6 +86,14 @@ def _row(one: Record) -> tuple[str, ...]:
         speed,
         f"{one.when:%Y-%m-%d %H:%M}",
     )
+
+
+def _speed(lines: list[dict]) -> str:
+    """The median, of tokens or, where there are none, of examples."""
+    for unit in ("tokens", "examples"):
+        if speeds := [line[f"{unit}_per_second"] for line in lines if f"{unit}_per_second" in line]:
+            return f"{statistics.median(speeds):,.0f} {unit}/s"
+    return "-"
 
 
 def _differences(found: list[Record]) -> str:

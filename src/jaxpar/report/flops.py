@@ -21,10 +21,12 @@ def of_model(parts: Parts) -> float:
     Source: 3 x the forward pass: Kaplan et al. 2020, arXiv:2001.08361, section 2.1; MFU: Chowdhery et al. 2022,
     arXiv:2204.02311, appendix B.
     """
-    settings = parts.settings._replace(placement=SINGLE, wire=device_wire(), key=jax.random.key(0))
+    settings = parts.settings._replace(placement=SINGLE, wire=device_wire())
     params, extra = jax.eval_shape(lambda: parts.model.init(jax.random.key(0)))
     batch = parts.inputs, parts.labels
-    walked = jax.make_jaxpr(lambda *args: nats(parts.model, settings, *args))(params, extra, batch)
+    walked = jax.make_jaxpr(lambda *args: nats(parts.model, settings._replace(key=jax.random.key(0)), *args))(
+        params, extra, batch
+    )
     return (1 + BACKWARD) * forward(walked.jaxpr)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 TRAINING, HELD_OUT, MUTED = "#8fb8de", "#0b5394", "#9a6700"
 NEAR = {"textcoords": "offset points"}
@@ -37,6 +38,7 @@ def losses_picture(
         axes.axhline(level, color=MUTED, linestyle="--", linewidth=1)
         axes.annotate(f"{name} {level:.3f}", (len(training), level), xytext=(0, 4), ha="right", color=MUTED, **NEAR)
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title, xlim=(0, len(training) * 1.01))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
     figure.savefig(path)
@@ -57,15 +59,18 @@ def runs_picture(
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for number, (name, (training, held_out)) in enumerate(runs.items()):
-        color = COLORS[number % len(COLORS)]
+        color, thick = COLORS[number % len(COLORS)], 4 - 2.5 * (number + 1) / len(runs)  # equal curves both show
         last = (held_out or training)[-1:]
         label = f"{name}  {last[0][1]:.4f}" if last else f"{name}  no steps yet"
         axes.plot(*_smoothed(training), color=color, alpha=0.35, linewidth=1, label=None if held_out else label)
         if held_out:
-            axes.plot(*zip(*held_out, strict=True), color=color, marker="o", markersize=3, linewidth=1.5, label=label)
+            axes.plot(
+                *zip(*held_out, strict=True), color=color, marker="o", markersize=2 * thick, lw=thick, label=label
+            )
         elif not training:
             axes.plot([], [], color=color, label=label)
     axes.set(xlabel="step", ylabel="loss, nats per label", title="held out (dots) and training (pale)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right", fontsize=8, title="last loss")
     figure.savefig(path)

@@ -64,9 +64,13 @@ def other_data(recipe: Recipe, model: Layer, settings: Settings, batch) -> list[
 
     It is tried on shapes: a user's own model may take anything, and its errors stay as they are.
     """
-    alone = settings._replace(placement=SINGLE, key=jax.random.key(0))
+
+    def alone():  # keys and zeros are made in here, since outside they would make jax's devices, perhaps too few
+        one = settings._replace(placement=SINGLE, key=jax.random.key(0))
+        return nats(model, one, *model.init(jax.random.key(0)), _zeros(batch))
+
     try:
-        jax.eval_shape(lambda: nats(model, alone, *model.init(jax.random.key(0)), _zeros(batch)))
+        jax.eval_shape(alone)
     except Exception:
         reads = "example" not in family.parameters(family.pick("models", recipe.model.name))
         holds = jnp.issubdtype(batch[0].dtype, jnp.integer) and len(batch[0].shape) == len(batch[1].shape) == 2
