@@ -72,7 +72,7 @@ def runs_picture(
     axes.set(xlabel="step", ylabel="loss, nats per label", title="held out (dots) and training (pale)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right", fontsize=8, title="last loss")
+    axes.legend(frameon=False, loc="best", fontsize=8, title="last loss")
     figure.savefig(path)
     return path
 
