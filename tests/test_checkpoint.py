@@ -177,9 +177,11 @@ def test_a_full_disk_is_an_error_at_once(room, asked, two, running, monkeypatch)
             checkpoint.save(two, running, made_up(running, 5), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(path.name for path in two.iterdir()) == ["3", "4"], "what could not be kept takes no space"
+    left = {path.name for path in two.iterdir()} - {"3", "4"}
+    assert left <= (set() if asked else {"5.part"}), "orbax's other writes may come later than its error"
     assert checkpoint.newest(two, running, pytest.fail).manifest["step"] == 4
     assert checkpoint.save(two, running, made_up(running, 5), {}) == 5
+    assert sorted(path.name for path in two.iterdir()) == ["3", "4", "5"]
 
 
 def test_free_space_is_asked_for_first(two, running, monkeypatch):

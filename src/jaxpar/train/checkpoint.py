@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -199,11 +200,20 @@ def _written(folder: Path, step: int, arrays: dict, digests: dict, about: dict) 
         os.rename(aside, folder / str(step))
         manifest.sync(folder)
     except Exception as error:  # orbax raises bare ValueError and others, such as for a full disk
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its space back
+        _give_back(aside)
         return str(getattr(error, "strerror", None) or error).partition("\n")[0] or type(error).__name__
     finally:
         logging.disable(logged)
     return ""
+
+
+def _give_back(aside: Path) -> None:
+    """Delete what was half written, so that a full disk gets its space back; orbax may be writing on for a moment."""
+    for _ in range(20):
+        shutil.rmtree(aside, ignore_errors=True)
+        if not aside.exists():
+            return
+        time.sleep(0.05)
 
 
 def _sweep() -> None:
