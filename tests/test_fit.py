@@ -196,6 +196,13 @@ def test_another_recipe_is_refused_with_both_values(run):
     assert lines_of(run)[0]["step"] == 1, "nothing was deleted"
 
 
+def test_everything_that_is_wrong_is_told_at_once(tmp_path):
+    recipe = replace(TINY, batch=0, plan=Plan(zero=1))
+    with pytest.raises(Refused) as refused:
+        fit(recipe, name="a b", runs_dir=str(tmp_path), sinks=["cvs"], watchdog=0, report=quiet())
+    assert {"sinks", "watchdog", "name", "batch", "plan.zero"} <= {one.field for one in refused.value.problems}
+
+
 def test_overwrite_deletes_a_run_and_nothing_else(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()

@@ -100,6 +100,7 @@ def test_a_whole_number_is_a_number():
         ('{"a": ' * 100_000, "is not JSON"),
         (" " * 2_000_000, "bytes long"),
         ('{"stepz": 5, "batch": "x", "model": {"heds": 2}}', "3 problems"),
+        ('{"stepz": 5, "batch": "x", "clip": NaN, "clip": 1}', "4 problems"),
     ],
 )
 def test_json_that_is_no_recipe_is_refused(text, told):

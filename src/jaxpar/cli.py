@@ -18,7 +18,7 @@ import tyro
 from jaxpar.core import family
 from jaxpar.core.plan import Plan
 from jaxpar.core.recipe import Recipe
-from jaxpar.core.refuse import Problem, Refused, near_miss, refuse
+from jaxpar.core.refuse import Problem, Refused, near_miss
 
 PACKAGE = Path(__file__).parent
 HEAD = "jaxpar: write a model once; choose by name how it is laid out over devices; get the same numbers."
@@ -134,17 +134,14 @@ def ready(options: Options) -> Callable:
 
     refuse_held(Path(os.path.expanduser(options.runs_dir)) / options.name)  # at once: importing jax takes seconds
     from jaxpar.plan import mesh
-    from jaxpar.train import sinks
     from jaxpar.train.cache import use_cache
     from jaxpar.train.fit import fit
 
     plan, needed = options.recipe.plan, mesh.needed(options.recipe.plan)
-    problems = []
     if needed and options.devices not in (None, needed):
         legal = f"{needed}, or no --devices; or a plan for {options.devices}"
-        problems.append(Problem("devices", options.devices, f"the plan {plan} needs {needed}.", legal))
+        raise Refused([Problem("devices", options.devices, f"the plan {plan} needs {needed}.", legal)])
     names = tuple(filter(None, (name.strip() for name in options.sinks.split(","))))
-    refuse([*problems, *sinks.wrong(names, options.name)])
     mesh.simulate(needed or 1)
     if warning := use_cache():
         print(f"warning: {warning}", file=sys.stderr)

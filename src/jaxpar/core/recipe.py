@@ -107,8 +107,9 @@ class Recipe:
         Raises:
             Refused: naming every key that is unknown or given twice, and every value of the wrong type.
         """
-        values = strict.parsed(text, "recipe")
-        found = Collector(strict.unknown(values, cls))
+        found = Collector([])
+        values = strict.parsed(text, "recipe", found.problems)
+        found.problems.extend(strict.unknown(values, cls))
         fields = {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
         for name, kind in {"model": Model, "data": Data}.items():
             if isinstance(inner := fields.get(name), dict):

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from jaxpar.core.refuse import Problem, Refused, near_miss, refuse
+from jaxpar.core.refuse import Problem, Refused, near_miss
 
 MOST_BYTES = 1 << 20  # of one file of settings
 LEGAL = {int: "8", float: "0.1", bool: "true"}
@@ -38,15 +38,16 @@ def mistyped(record: Any, above: str = "") -> Iterator[Problem]:
             yield Problem(name, repr(value), f"must be {words}, got {type(value).__name__}.", legal)
 
 
-def parsed(text: str, what: str) -> dict:
+def parsed(text: str, what: str, problems: list[Problem]) -> dict:
     """The one JSON object that `text` is.
 
     Args:
         text: JSON.
         what: it is, for the message, such as `recipe`.
+        problems: gains one for every key that is given twice, and for NaN and infinities, which are not JSON.
 
     Raises:
-        Refused: naming the line of an error, every key that is given twice, and NaN and infinities, which are not JSON.
+        Refused: if it is no JSON object; naming the line of an error.
     """
     if len(text) > MOST_BYTES:
         raise Refused([Problem(what, f"{len(text):,} bytes", f"is more than {MOST_BYTES:,} bytes long.")])
@@ -56,10 +57,7 @@ def parsed(text: str, what: str) -> dict:
         raise Refused([Problem(what, _begun(text), f"is not JSON: {error}.", "the recipe.json of a run")]) from error
     if not isinstance(found, _Pairs):
         raise Refused([Problem(what, _begun(text), "must be one JSON object.", '{"steps": 100}')])
-    problems = []
-    values = _plain(found, "", problems)
-    refuse(problems)
-    return values
+    return _plain(found, "", problems)
 
 
 class _Pairs(tuple):

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from jaxpar.core import strict
 from jaxpar.core.recipe import Recipe
-from jaxpar.core.refuse import refuse
+from jaxpar.core.refuse import Collector, refuse
 from jaxpar.plan import mesh
 from jaxpar.report import memory
 from jaxpar.step.parts import prepare
@@ -54,12 +55,13 @@ def fit(
         NonFinite: after `recipe.skip_limit` updates in a row were skipped since they were no numbers.
         NotSaved: if a checkpoint or a line could not be written; the newest good checkpoint is untouched.
     """
-    refuse([*strict.mistyped(recipe), *wrong(sinks, name), *wrong_limit(watchdog)])
-    if name is not None:
-        refuse_held(inside(runs_dir, name))
+    refuse(strict.mistyped(recipe))
     mesh.simulate(mesh.needed(recipe.plan) or 1)  # before jax makes its devices
-    parts, dataset = prepare(recipe, data_dir)
-    folder = locate(recipe, name, runs_dir, overwrite) if name is not None else None
+    found = Collector([*wrong(sinks, name), *wrong_limit(watchdog)])
+    folder = None if name is None else found.attempt(_place, recipe, name, runs_dir, overwrite)
+    prepared = found.attempt(prepare, recipe, data_dir)
+    refuse(found.problems)
+    parts, dataset = prepared
     program = program_of(parts)
     refuse(memory.problems(recipe.plan, program))
     with ExitStack() as until_done:
@@ -83,3 +85,9 @@ def fit(
         done = finished(state, written.lines, folder, program, parts, dataset, run)
         disk.finish(done.summary)
     return done
+
+
+def _place(recipe: Recipe, name: str, runs_dir: str, overwrite: bool) -> Path:
+    """The folder of the run, if no other run holds it and this recipe may be trained there."""
+    refuse_held(inside(runs_dir, name))
+    return locate(recipe, name, runs_dir, overwrite)
