@@ -258,3 +258,8 @@ def test_what_is_written_is_what_is_read():
     for recipe in SOUND:
         assert Recipe.from_json(recipe.to_json()) == recipe
         assert json.loads(recipe.to_json())["plan"] == "data=1"
+
+
+def test_the_largest_seed_trains():
+    run = fit(replace(TINY, steps=1, seed=2**32 - 1), report=quiet())
+    assert math.isfinite(run.losses[0])

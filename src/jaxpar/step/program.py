@@ -70,7 +70,7 @@ def program(parts: Parts) -> Program:
         out_specs=(PartitionSpec(), param_specs, extra_specs, specs.comm),
     )
     def found(params, extra, comm, batch, step):
-        key = jax.random.fold_in(jax.random.key(parts.seed), step)
+        key = jax.random.fold_in(jax.random.key(np.uint32(parts.seed)), step)
         return tuple(gradients(model, settings, parts.reducer, params, extra, comm, batch, key))
 
     def step(state, batch):
@@ -92,7 +92,7 @@ def program(parts: Parts) -> Program:
         mesh=mesh,
         shapes=shapes,
         unpadded=unpadded,
-        init=lambda: jax.jit(born, out_shardings=shardings, compiler_options=_once(mesh))(parts.seed),
+        init=lambda: jax.jit(born, out_shardings=shardings, compiler_options=_once(mesh))(np.uint32(parts.seed)),
         batch=_batch_shapes(parts, meshes.shardings(mesh, batch_specs)),
         place=partial(_place, parts.microbatches, meshes.shardings(mesh, batch_specs)),
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)),
