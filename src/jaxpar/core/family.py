@@ -22,6 +22,7 @@ MADE = {  # names of types, since importing them here would make `--help` wait f
     "norms": "Layer",
     "datasets": "Dataset",
     "schemes": "Scheme",
+    "schedules": "Order",
     "policies": "Policy",
     "reducers": "Reducer",
     "sinks": "Sink",

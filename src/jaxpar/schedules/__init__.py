@@ -1,0 +1,1 @@
+"""Orders of pipeline work, one schedule per file."""
