@@ -51,3 +51,11 @@ def random_bits(key, high, low):
     keys = [jnp.broadcast_to(word, high.shape) for word in jax.random.key_data(key)]
     axes = sorted({*varying_axes(high), *varying_axes(low), *varying_axes(keys[0])})
     return threefry2x32_p.bind(*[vary(word, axes) for word in (*keys, high, low)])[0]
+
+
+def run(equation, values: list) -> list:
+    """The results of one operation of a traced program, for these values of what it reads."""
+    primitive = equation.primitive
+    with equation.ctx.manager:
+        found = primitive.bind(*values, **primitive.get_bind_params(equation.params))
+    return list(found) if primitive.multiple_results else [found]
