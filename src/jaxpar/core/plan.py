@@ -146,3 +146,8 @@ def _of_tables(tensor: str, scheme: Scheme) -> list[Problem]:
                 rule = f"`{field}` splits by {axis!r} more than once."
                 problems.append(Problem("plan.tensor", tensor, rule, "each axis once in an array"))
     return problems
+
+
+def order_of(plan: Plan):
+    member = family.pick("schedules", plan.schedule, "plan.schedule")
+    return member(plan.pipe, plan.microbatches, plan.chunks)

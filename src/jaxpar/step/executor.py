@@ -14,13 +14,12 @@ import numpy as np
 from jax import lax
 
 from jaxpar.core import compat
+from jaxpar.core.cells import KINDS
 from jaxpar.core.timetable import Timetable
 from jaxpar.core.types import Tree
+from jaxpar.plan.layout import PIPE
 from jaxpar.step import stages
 from jaxpar.step.pieces import Boundary, Given, Role, Work, halves, merged
-
-PIPE = "pipe"
-
 
 class Score(NamedTuple):
     """A timetable and what there is to play.
@@ -226,8 +225,8 @@ def _branch(score: Score, kind: str, role: int, shelves: dict[str, Shelves], par
         done, stage, work = idle(carry), score.roles[role].stage, score.works[role][kind]
         rows, firsts = (_of_stage(score, role, at["stage"], field) for field in ("row", "first"))
         given = given_of(score, role, kind, (params, carry.extra, batch), carry.pools, (at, rows, firsts))
-        held = {pool: _held(carry.pools[pool], shelves[of].of[role], at, pool) for of, pool in KEEPS.items()}
-        made, keeps = work.run(given, held["kept"], held["between"] if kind == "W" else [])
+        held = [_held(carry.pools, before, shelves[before].of[role], at) if KINDS.index(kind) > KINDS.index(before) else [] for before in KEEPS]
+        made, keeps = work.run(given, *held)
         for shelf, one in zip(own_shelves.of[role] if keeps else [], keeps, strict=True):
             done["keeps"][shelf] = one
         if "message" in done and (made.y is not None or jax.tree.leaves(made.x)):
@@ -268,11 +267,13 @@ def _of_stage(score: Score, role: int, stage, field: str) -> list:
         values = [getattr(one[number], field) if score.role_of[n] == role else 0 for n, one in enumerate(score.stages)]
         own = {value for n, value in enumerate(values) if score.role_of[n] == role}
         found.append(jnp.int32(own.pop()) if len(own) == 1 else jnp.asarray(values, jnp.int32)[stage])
-    return found
+    over = (PIPE,) if score.table.devices > 1 else ()
+    return [compat.vary(value, over) for value in found]
 
 
-def _held(pool: list, shelf_of: list[int], at: dict, name: str) -> list:
-    return [_get(pool[shelf], at[name]) for shelf in shelf_of]
+def _held(pools: dict[str, list], kind: str, shelves: list[int], at: dict) -> list:
+    """What earlier work of one kind kept."""
+    return [_get(pools[KEEPS[kind]][shelf], at[KEEPS[kind]]) for shelf in shelves]
 
 
 def _get(pool, slot):

@@ -12,7 +12,8 @@ from jaxpar.core.timetable import Timetable
 from jaxpar.core.types import Layer, Part, Reducer, Tree
 from jaxpar.plan import layout
 from jaxpar.plan.context import Settings
-from jaxpar.step.executor import PIPE, Carry, play
+from jaxpar.plan.layout import PIPE
+from jaxpar.step.executor import Carry, play
 from jaxpar.step.objective import labelled
 from jaxpar.step.rehearsal import Manner, score
 from jaxpar.step.stages import Division

@@ -198,15 +198,17 @@ def cutting(role: Role, forward: Forward, like: Given, *, residual: bool, split:
     """
     traced = trace(back_and_forth(forward), like)
     arguments = list(range(len(jax.tree.leaves(like))))
-    numbers = jax.tree.unflatten(jax.tree.structure(like), arguments)
+    numbers, over = jax.tree.unflatten(jax.tree.structure(like), arguments), set(compat.varying_axes(like.place[0]))
     results = jax.tree.unflatten(traced.structure, list(range(len(traced.outputs))))
     wanted = _wanted(role, results, residual=residual, split=split)
     live = frozenset(arguments) - frozenset(jax.tree.leaves(numbers.own))
     after = live if residual else frozenset(jax.tree.leaves(numbers.seed))
 
     def keep(value: Value) -> bool:
-        name = value.line.equation.primitive.name
-        return bool(value.depends & after) and name not in VIEWS and not (regather and name in GATHERS)
+        name, made = value.line.equation.primitive.name, value.aval
+        kept = made.ndim and not jnp.issubdtype(made.dtype, jax.dtypes.extended)  # random keys are cheap
+        kept = kept and over <= set(compat.varying_axes(made))  # all that comes out of a branch varies so
+        return bool(kept and value.depends & after) and name not in VIEWS and not (regather and name in GATHERS)
 
     made = [jax.tree.flatten(one) for one in wanted.values()]
     pieces = cut(traced, [flat for flat, _ in made], keep, fleeting=jax.tree.leaves(numbers.forward))

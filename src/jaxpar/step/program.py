@@ -75,7 +75,7 @@ def program(parts: Parts) -> Program:
     )
     def found(params, extra, comm, batch, step):
         key = jax.random.fold_in(jax.random.key(np.uint32(parts.seed)), step)
-        return tuple(gradients(model, settings, parts.reducer, params, extra, comm, batch, key))
+        return tuple(gradients(model, parts.pipeline, settings, parts.reducer, (params, extra, comm), batch, key))
 
     def step(state, batch):
         loss, grads, extra, comm = found(state.params, state.extra, state.comm, batch, state.step)
@@ -87,7 +87,7 @@ def program(parts: Parts) -> Program:
         return State(state.step + 1, *new), {"loss": loss, "grad_norm": norm, "skipped": ~fine}
 
     measured = spread(
-        partial(evaluate, model, settings),
+        partial(evaluate, model, parts.pipeline, settings),
         in_specs=(param_specs, extra_specs, batch_specs),
         out_specs=(PartitionSpec(), PartitionSpec()),
     )

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxpar.core import compat
 from jaxpar.core.timetable import Timetable
 from jaxpar.plan.context import Settings, context
+from jaxpar.plan.layout import PIPE
 from jaxpar.step import executor, pieces, stages
-from jaxpar.step.executor import PIPE, Score
+from jaxpar.step.executor import Score
 from jaxpar.step.pieces import Boundary, Given, Role
 from jaxpar.step.stages import Stage
 
