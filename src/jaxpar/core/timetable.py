@@ -28,7 +28,7 @@ class Timetable(NamedTuple):
     """When everything happens and where it lies.
 
     In a tick a device does at most one F, one B and one W, in that order. What comes from another stage, even one on
-    the same device, can be read from the next tick on; what F keeps, B of the same tick may read, and so W what B keeps.
+    the same device, can be read from the next tick on; what F keeps, B of the same tick may read, and W what B keeps.
 
     Attributes:
         order: what was compiled.

@@ -1,4 +1,4 @@
-"""ZB-V: stages go up the devices and come back; gradients of weights fill what gaps there are, in the memory of 1F1B."""
+"""ZB-V: stages go up the devices and come back; gradients of weights fill the gaps, in the memory of 1F1B."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ from jaxpar.core.weave import vee
 
 
 def zero_bubble_v(stages: int, microbatches: int, chunks: int = 2) -> Order:
-    """Device d has stages d and 2p-1-d, so the first has the loss too, and holds at most 2p inputs of half a stage each.
+    """Device d has stages d and 2p-1-d, so the first has the loss too; each holds at most 2p inputs, of half a stage.
 
     With p devices, m >= p microbatches and F = B = W = 1: span 3m + (p-1)/2. No device is idle between its first and
     last cell if m >= 2p-1; what is left of the bubble is that devices start one after the other.
@@ -47,10 +47,10 @@ def _planned(device: int, devices: int, microbatches: int) -> list[Cell]:
 
 
 def _filled(planned: list[list[Cell]], room: int) -> list[list[Cell]]:
-    """What devices do if F, B and W take one unit each: what is planned as soon as it can be done, else a W that waits."""
-    count, work, done = sum(map(len, planned)) // 2 * 3, [[] for _ in planned], set()
-    following, waiting, held = ([0] * len(planned), [[] for _ in planned], [0] * len(planned))
-    while len(done) < count:
+    """What devices do if F, B and W take one unit each: what is planned once it can be done, else a W that waits."""
+    following, held = [0] * len(planned), [0] * len(planned)
+    work, waiting, done, began = [[] for _ in planned], [[] for _ in planned], set(), [None]
+    while began:
         began = []
         for device, cells in enumerate(planned):
             cell = cells[following[device]] if following[device] < len(cells) else None
