@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from jaxpar.core import family
-from jaxpar.core.cells import Order, problems
+from jaxpar.core.cells import Order, wrong_cells
 from jaxpar.core.refuse import Problem, Refused, near_miss, refuse
 from jaxpar.core.scheme import Scheme
 
@@ -165,7 +165,7 @@ def order_of(plan: Plan) -> Order:
         )
     fields = {"stages": plan.pipe, "microbatches": plan.microbatches, "chunks": plan.chunks}
     order = member(**fields, **({"table": table} if takes_table else {}))
-    refuse(problems(order) or _of_order(plan, order))
+    refuse(wrong_cells(order) or _of_order(plan, order))
     return order
 
 

@@ -7,7 +7,7 @@ import heapq
 from collections import defaultdict
 from typing import NamedTuple
 
-from jaxpar.core.cells import KINDS, Cell, Order, needs, problems
+from jaxpar.core.cells import KINDS, Cell, Order, needs, wrong_cells
 from jaxpar.core.makespan import Times, lockstep
 from jaxpar.core.refuse import refuse
 
@@ -100,7 +100,7 @@ def timetable(order: Order) -> Timetable:
     Raises:
         Refused: for an order that cannot be played; the message names the cell.
     """
-    refuse(problems(order))
+    refuse(wrong_cells(order))
     return min((_compiled(order, most) for most in (1, len(KINDS))), key=_rank)
 
 
