@@ -53,14 +53,14 @@ class Order(NamedTuple):
 
     @property
     def microbatches(self) -> int:
-        """Number of microbatches: of forward cells that most stages have."""
-        counts = Counter(cell[1] for row in self.work for cell in row if cell[0] == "F")
-        return statistics.mode(counts.values()) if counts else 0
+        """Number of microbatches: what most stages have of a kind, so that one wrong cell does not change it."""
+        counts = Counter((cell.kind, cell.stage) for row in self.work for cell in row)
+        return max(statistics.multimode(counts.values()), default=0)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of work there are: `("F",)` in an evaluation, `("F", "B")`, or `("F", "B", "W")`."""
-        found = {cell[0] for row in self.work for cell in row}
+        found = {cell.kind for row in self.work for cell in row}
         return tuple(kind for kind in KINDS if kind in found)
 
 
@@ -82,7 +82,7 @@ def position(device: int, index: int, cell: Any) -> str:
     return f"device {device}, {number}{ending} cell, {cell}"
 
 
-def problems(order: Order) -> list[Problem]:
+def wrong_cells(order: Order) -> list[Problem]:
     """What is wrong with an order: cells that cannot be, are there twice or missing, or wait for each other."""
     devices = range(order.devices)
     wrong = [
@@ -133,7 +133,7 @@ def _rule(order: Order, device: int, cell: Cell, microbatches: int) -> tuple[str
         own = [f"stage {stage}" for stage, place in enumerate(order.place) if place == device]
         return "that stage does not lie on this device.", ", ".join(own) or "no cell: the device has no stage"
     if not 0 <= cell.microbatch < microbatches:
-        return f"stages have {microbatches} forward cells, so there is no such microbatch.", f"0 to {microbatches - 1}"
+        return f"most stages have {microbatches} microbatches, so there is no such one.", f"0 to {microbatches - 1}"
     return None
 
 

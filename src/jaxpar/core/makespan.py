@@ -28,8 +28,8 @@ class Makespan(NamedTuple):
 
     Attributes:
         span: from the first start to the last end, where a device starts a cell as soon as it can.
-        bubble: share of `devices * span` in which devices are idle: 1 - busy / span, 0 to 1. Papers often say idle / busy
-            instead, which is bubble / (1 - bubble).
+        bubble: share of `devices * span` in which devices are idle: 1 - busy / span, 0 to 1. Papers often say
+            idle / busy instead, which is bubble / (1 - bubble).
         gap: the longest that any device is idle between its own first and last cell: the bubble that is left if devices
             need not wait for each other between two steps (Qi et al. 2023).
         lockstep_span: the same where every tick of a timetable lasts as long as its busiest device, and `latency` more.

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from jaxpar.core import family
+from jaxpar.core.cells import Order, wrong_cells
 from jaxpar.core.refuse import Problem, Refused, near_miss, refuse
 from jaxpar.core.scheme import Scheme
 
@@ -17,7 +18,7 @@ class Plan:
         tensor: scheme and its sizes: `single`, `one_d:T`, `sequence:T`, `fsdp:F`, `two_d:RxC`, `two_half_d:DxRxC` or
             `three_d:IxJxK`.
         pipe: devices on the pipeline axis.
-        schedule: order of pipeline work.
+        schedule: order of pipeline work, such as `gpipe`, `from_table:path/to/table.csv` or `path/to/file.py:name`.
         chunks: model chunks per pipeline device.
         microbatches: parts of a batch that are worked on one after the other, gradients summed.
         storage: what a pipeline stage keeps: `recompute` or `residual`.
@@ -148,6 +149,43 @@ def _of_tables(tensor: str, scheme: Scheme) -> list[Problem]:
     return problems
 
 
-def order_of(plan: Plan):
-    member = family.pick("schedules", plan.schedule, "plan.schedule")
-    return member(plan.pipe, plan.microbatches, plan.chunks)
+def order_of(plan: Plan) -> Order:
+    """The order of pipeline work that `plan.schedule` names, for the plan's devices, chunks and microbatches.
+
+    Raises:
+        Refused: for an unknown name (with the likeliest), for counts that the schedule does not take, and for an order
+            of the user's own that has other counts or that nobody could play.
+    """
+    counts = {"pipe": plan.pipe, "chunks": plan.chunks, "microbatches": plan.microbatches}
+    refuse(Problem(f"plan.{name}", count, "must be at least 1.", "1") for name, count in counts.items() if count < 1)
+    own = ".py:" in plan.schedule
+    name, colon, table = (plan.schedule, "", "") if own else plan.schedule.partition(":")
+    member = family.pick("schedules", name, "plan.schedule")
+    takes_table = not own and "table" in family.parameters(member)
+    if bool(table) != takes_table or (colon and not table):
+        rule = "needs the path of a table." if takes_table else "takes nothing after its name."
+        raise Refused(
+            [Problem("plan.schedule", plan.schedule, rule, f"{name}:path/to/table.csv" if takes_table else name)]
+        )
+    fields = {"stages": plan.pipe, "microbatches": plan.microbatches, "chunks": plan.chunks}
+    order = member(**fields, **({"table": table} if takes_table else {}))
+    refuse(wrong_cells(order) or _of_order(plan, order))
+    return order
+
+
+def _of_order(plan: Plan, order: Order) -> list[Problem]:
+    """Counts of an order that are not those of the plan."""
+    held = [order.place.count(device) for device in range(plan.pipe)]
+    if order.devices != plan.pipe:
+        rule = f"plan.schedule = {plan.schedule} is for {order.devices} devices."
+        return [Problem("plan.pipe", plan.pipe, rule, f"pipe={order.devices}")]
+    if order.stages != plan.pipe * plan.chunks or set(held) != {plan.chunks}:
+        rule = (
+            f"plan.schedule = {plan.schedule} has {', '.join(map(str, held))} stages on devices 0 to {plan.pipe - 1}."
+        )
+        legal = f"chunks={held[0]}" if len(set(held)) == 1 else "an order with as many stages on every device"
+        return [Problem("plan.chunks", plan.chunks, rule, legal)]
+    if order.microbatches != plan.microbatches:
+        rule = f"plan.schedule = {plan.schedule} is for {order.microbatches} microbatches."
+        return [Problem("plan.microbatches", plan.microbatches, rule, f"microbatches={order.microbatches}")]
+    return []

@@ -1,13 +1,13 @@
 """A timetable: a pipeline's order compiled to ticks, to places in memory, and to channels between devices.
 
-One program plays every timetable: in a tick each device does what its row says, and at the end of the tick values travel.
+One program plays every timetable: in a tick each device does what its row says, and at its end values travel.
 """
 
 import heapq
 from collections import defaultdict
 from typing import NamedTuple
 
-from jaxpar.core.cells import KINDS, Cell, Order, needs, problems
+from jaxpar.core.cells import KINDS, Cell, Order, needs, wrong_cells
 from jaxpar.core.makespan import Times, lockstep
 from jaxpar.core.refuse import refuse
 
@@ -27,8 +27,8 @@ class Slots(NamedTuple):
 class Timetable(NamedTuple):
     """When everything happens and where it lies.
 
-    In a tick a device does at most one F, one B and one W, in that order. What comes from another stage, even one on the
-    same device, can be read from the next tick on; what F keeps, B of the same tick may read, and so W what B keeps.
+    In a tick a device does at most one F, one B and one W, in that order. What comes from another stage, even one on
+    the same device, can be read from the next tick on; what F keeps, B of the same tick may read, and W what B keeps.
 
     Attributes:
         order: what was compiled.
@@ -93,14 +93,14 @@ class Timetable(NamedTuple):
 def timetable(order: Order) -> Timetable:
     """Compile an order: ticks, slots and channels.
 
-    Ticks are packed twice, with one cell each and with up to an F, a B and a W. Kept is what takes less time where every
-    tick lasts as long as its busiest device (F, B and W one unit each; a B that is also W two); then what needs fewer
-    slots; then fewer ticks.
+    Ticks are packed twice, with one cell each and with up to an F, a B and a W. Kept is what takes less time where
+    every tick lasts as long as its busiest device (F, B and W one unit each; a B that is also W two); then what needs
+    fewer slots; then fewer ticks.
 
     Raises:
         Refused: for an order that cannot be played; the message names the cell.
     """
-    refuse(problems(order))
+    refuse(wrong_cells(order))
     return min((_compiled(order, most) for most in (1, len(KINDS))), key=_rank)
 
 

@@ -1,4 +1,4 @@
-"""What the orders of several schedules have in common: where stages lie, and how forward and backward work alternate."""
+"""What several schedules have in common: where stages lie, and how forward and backward work alternate."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,5 +1,7 @@
 """Interleaved 1F1B: each device has several smaller stages, so that the pipeline fills faster; more messages."""
 
+import itertools
+
 from jaxpar.core.cells import Cell, Order
 from jaxpar.core.weave import alternate, loop
 
@@ -15,8 +17,8 @@ def interleaved(stages: int, microbatches: int, chunks: int = 1) -> Order:
         microbatches: parts of a batch.
         chunks: stages per device.
 
-    Source: Narayanan et al. 2021, arXiv:2104.04473, section 2.2.2, where m is a multiple of p. A last group of fewer than
-    p, as one might end with otherwise, leaves devices idle and may even wait for ever.
+    Source: Narayanan et al. 2021, arXiv:2104.04473, section 2.2.2, where m is a multiple of p. A last group of fewer
+    than p, with which one might end otherwise, leaves devices idle and may even wait for ever.
     """
     groups, work = _groups(stages, microbatches), []
     for device in range(stages):
@@ -34,4 +36,4 @@ def _groups(size: int, microbatches: int) -> list[range]:
     """Microbatches in groups of `size` or more, as even as can be, the larger ones first; of fewer only if all are."""
     count = max(1, microbatches // size)
     ends = [-(-microbatches * number // count) for number in range(count + 1)]
-    return [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    return [range(start, end) for start, end in itertools.pairwise(ends)]

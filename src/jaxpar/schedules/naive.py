@@ -18,7 +18,6 @@ def naive(stages: int, microbatches: int, chunks: int = 1) -> Order:
         Refused: for other chunks.
     """
     one_chunk(chunks, "naive")
-    work = (
-        tuple(Cell(kind, stage, number) for number in range(microbatches) for kind in "FB") for stage in range(stages)
-    )
-    return Order(loop(stages), tuple(work))
+    turns = [(kind, number) for number in range(microbatches) for kind in "FB"]
+    work = tuple(tuple(Cell(kind, stage, number) for kind, number in turns) for stage in range(stages))
+    return Order(loop(stages), work)

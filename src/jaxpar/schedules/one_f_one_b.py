@@ -1,4 +1,4 @@
-"""1F1B (PipeDream-flush): one forward, one backward; the bubble of GPipe, but memory does not grow with microbatches."""
+"""1F1B (PipeDream-flush): one forward, one backward; the bubble of GPipe, but memory flat in microbatches."""
 
 from jaxpar.core.cells import Order
 from jaxpar.core.weave import one_chunk, one_stage_each
