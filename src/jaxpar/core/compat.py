@@ -4,12 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 
 def make_mesh(sizes: tuple[int, ...], names: tuple[str, ...], devices) -> Mesh:
     """A mesh whose axes are all `Auto`: since 0.8 the default of jax is `Explicit`, which types every array."""
     return Mesh(np.asarray(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def abstract_mesh(axes: dict[str, int]) -> AbstractMesh:
+    """The same without devices, to trace with."""
+    return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 def varying_axes(a) -> tuple[str, ...]:

@@ -7,8 +7,11 @@ from jaxpar.core.cost import Cost
 from jaxpar.plan import layout, padding
 from jaxpar.plan.layout import Placement
 from jaxpar.plan.wire import Line, cost_of, ledger
+from jaxpar.report.traced import lines
 from jaxpar.step.objective import labelled, nats
 from jaxpar.step.parts import Parts
+from jaxpar.step.program import traced
+from jaxpar.step.rehearsal import shares
 
 
 def gradient_lines(parts: Parts) -> list[Line]:
@@ -18,6 +21,8 @@ def gradient_lines(parts: Parts) -> list[Line]:
 
     Source: bytes of ring algorithms, `jaxpar.core.cost.wire_bytes`; which collectives, `jaxpar.plan.matmul.derive`.
     """
+    if not parts.pipeline.plain:
+        return _pipelined(parts)
     placement, model = parts.settings.placement, parts.model
     book = ledger(placement.scheme.axes)
     settings = parts.settings._replace(wire=book.wire)
@@ -37,6 +42,16 @@ def gradient_lines(parts: Parts) -> list[Line]:
     )
     book.entry("loss", "forward", "all_reduce", jax.ShapeDtypeStruct((), jnp.float32), rows)
     return book.lines
+
+
+def _pipelined(parts: Parts) -> list[Line]:
+    """The lines of that device of the pipeline which sends most."""
+    pipeline, sizes, jaxpr = parts.pipeline, parts.settings.placement.scheme.axes, traced(parts)
+    each = [
+        list(lines(jaxpr, sizes, shares(pipeline.table, pipeline.division.stages, pipeline.storage, device)))
+        for device in range(pipeline.table.devices)
+    ]
+    return max(each, key=lambda found: sum(line.bytes for line in found))
 
 
 def step_lines(parts: Parts) -> list[Line]:

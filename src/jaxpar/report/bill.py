@@ -5,6 +5,7 @@ from typing import NamedTuple
 from jaxpar.core.cost import Cost
 from jaxpar.report import account, hlo
 from jaxpar.step.parts import Parts
+from jaxpar.step.rehearsal import shares
 
 
 class Bill(NamedTuple):
@@ -23,9 +24,19 @@ class Bill(NamedTuple):
 
 def bill(parts: Parts, text: str) -> Bill:
     """The bill of the step whose compiled program is `text` (`compiled.as_text()`)."""
-    counted = hlo.count(text, parts.settings.placement.scheme.axes or {"data": 1})
+    counted = counted_in(parts, text)
     predicted = account.predicted(parts) if parts.partition == "manual" else None
     return Bill(predicted, Cost(counted.sent), counted.unknown)
+
+
+def counted_in(parts: Parts, text: str) -> hlo.Traffic:
+    """What is counted in a compiled program; of a pipeline that device which sends most."""
+    pipeline, axes = parts.pipeline, parts.settings.placement.scheme.axes or {"data": 1}
+    each = [
+        hlo.count(text, axes, shares(pipeline.table, pipeline.division.stages, pipeline.storage, device))
+        for device in range(pipeline.table.devices)
+    ]
+    return max(each, key=lambda found: sum(found.sent.values()))
 
 
 def as_json(bill: Bill) -> dict:

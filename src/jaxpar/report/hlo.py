@@ -2,11 +2,13 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
 from jaxpar.core.cost import wire_bytes
+from jaxpar.report.groups import groups as groups_of
+from jaxpar.report.groups import label
 from jaxpar.report.hlo_text import Instruction, Program, arrays, called, parse, trips, values
 
 KINDS = {
@@ -32,9 +34,6 @@ _CUSTOM = re.compile(
 )
 _CHAINED = "async_collective_fusion_config"
 _CHAIN_ENDS = 'custom_call_target="AsyncCollective'
-_LISTS = re.compile(r"(replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)")
-_MESH = re.compile(r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}")
 
 
 class Traffic(NamedTuple):
@@ -53,15 +52,23 @@ class Traffic(NamedTuple):
 
 
 _NOTHING = Traffic({}, {}, ())
+Shares = Callable[[str, int], Sequence[float] | None]
 
 
-def count(text: str, axes: dict[str, int]) -> Traffic:
+class How(NamedTuple):
+    """What a text is read with: the arguments of `count`."""
+
+    axes: dict[str, int]
+    shares: Shares
+
+
+def count(text: str, axes: dict[str, int], shares: Shares | None = None) -> Traffic:
     """Count the bytes that each device sends in one execution of a compiled program.
 
     Bytes are those of ring algorithms (`jaxpar.core.cost.wire_bytes`), of the operands; a broadcast sends its operand
     once, a permute once to each other device, and where devices differ the most that any sends. Groups of one device
     are left out. If a conversion was fused into an operation, so that it reads float32 and returns bfloat16, the
-    narrower is counted. Of a conditional, the branch that sends most is counted.
+    narrower is counted. Of a conditional, the branch that sends most is counted, unless `shares` knows better.
 
     Dtypes and paddings are those of the text: XLA for CPU sends bfloat16 as float32 and float8 as float16, so there
     the count is twice that of the same program on a GPU or TPU.
@@ -70,6 +77,8 @@ def count(text: str, axes: dict[str, int]) -> Traffic:
         text: what `compiled.as_text()` returns.
         axes: size of each mesh axis by name, major first, in the order in which the program numbers its devices. For
             several slices of TPUs the text is that of one slice: pass the axes within it; `unknown` names the rest.
+        shares: `shares(name, branches)`: of the conditional whose operation is called so in the source, how often each
+            branch is taken, as a share of all; None where it does not know.
 
     Returns:
         The traffic. Look at `Traffic.unknown` before trusting a sum.
@@ -84,11 +93,11 @@ def count(text: str, axes: dict[str, int]) -> Traffic:
             f"the program is for {devices} devices, the mesh {axes} has {prod(axes.values())}; pass the axes of the "
             "mesh that it was compiled for: count(text, dict(mesh.shape))."
         )
-    found = _traffic(program, axes, program.entry, ())
+    found = _traffic(program, How(axes, shares or (lambda name, branches: None)), program.entry, ())
     return found._replace(unknown=tuple(dict.fromkeys([*found.unknown, *_overlooked(program)])))
 
 
-def _traffic(program: Program, axes: dict[str, int], computation: str, arguments: tuple) -> Traffic:
+def _traffic(program: Program, how: How, computation: str, arguments: tuple) -> Traffic:
     """Traffic of one execution of `computation`, given what is known of its parameters."""
     follows, known = not _starts_chain(program, computation), values(program, computation, arguments)
     parts = []
@@ -96,13 +105,13 @@ def _traffic(program: Program, axes: dict[str, int], computation: str, arguments
         op = each.op.removesuffix("-start")
         operands = tuple(known.get(name) for name in each.operands)
         if op == "while":
-            parts.append((1, _loop(program, axes, each, *trips(program, each, operands[0]))))
+            parts.append((1, _loop(program, how, each, *trips(program, each, operands[0]))))
         elif op == "conditional":
-            parts.append((1, _branches(program, axes, each, operands[1:])))
+            parts.append((1, _branches(program, how, each, operands[1:])))
         elif op in _CALLS:
-            parts += [(1, _traffic(program, axes, callee, operands)) for callee in called(each, *_CALLS[op])]
+            parts += [(1, _traffic(program, how, callee, operands)) for callee in called(each, *_CALLS[op])]
         elif _is_collective(each) and not (follows and _CHAINED in each.attributes):
-            parts.append((1, _message(program, axes, computation, each)))
+            parts.append((1, _message(program, how, computation, each)))
     return _total(parts)
 
 
@@ -119,8 +128,8 @@ def _is_collective(instruction: Instruction) -> bool:
     return not instruction.op.endswith(("-done", "-update")) and bool(_COLLECTIVE.search(instruction.op))
 
 
-def _loop(program: Program, axes: dict[str, int], loop: Instruction, times: int | None, state: dict) -> Traffic:
-    check, trip = (_traffic(program, axes, callee, (state,)) for callee in called(loop, *_CALLS["while"]))
+def _loop(program: Program, how: How, loop: Instruction, times: int | None, state: dict) -> Traffic:
+    check, trip = (_traffic(program, how, callee, (state,)) for callee in called(loop, *_CALLS["while"]))
     if times is not None:
         return _total([(times, trip), (times + 1, check)])
     once = _total([(1, trip), (1, check)])
@@ -129,20 +138,24 @@ def _loop(program: Program, axes: dict[str, int], loop: Instruction, times: int 
     return _NOTHING if once == _NOTHING else _total([(1, once), (1, doubt)])
 
 
-def _branches(program: Program, axes: dict[str, int], instruction: Instruction, operands: tuple) -> Traffic:
+def _branches(program: Program, how: How, instruction: Instruction, operands: tuple) -> Traffic:
     callees = called(instruction, *_CALLS["conditional"])
-    branches = [_traffic(program, axes, callee, (value,)) for callee, value in zip(callees, operands, strict=True)]
-    most = max(branches, key=lambda branch: sum(branch.sent.values()))
-    return most._replace(unknown=tuple(doubt for branch in branches for doubt in branch.unknown))
+    branches = [_traffic(program, how, callee, (value,)) for callee, value in zip(callees, operands, strict=True)]
+    unknown = tuple(doubt for branch in branches for doubt in branch.unknown)
+    source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    shares = how.shares(source[1] if source else "", len(branches))
+    if shares is not None:
+        return _total(zip(shares, branches, strict=True))._replace(unknown=unknown)
+    return max(branches, key=lambda branch: sum(branch.sent.values()))._replace(unknown=unknown)
 
 
-def _message(program: Program, axes: dict[str, int], computation: str, instruction: Instruction) -> Traffic:
+def _message(program: Program, how: How, computation: str, instruction: Instruction) -> Traffic:
     """Traffic of one collective operation."""
     kind = KINDS.get(instruction.op.removesuffix("-start"))
     if kind == "all_reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce_scatter"  # a TPU fusion of this name keeps only its own part of the sum
     size, problem = _payload(program, computation, instruction)
-    groups = _groups(program, instruction)
+    groups = groups_of(program, instruction)
     if kind is None:
         return _unknown(instruction, f"this operation cannot be counted; its operands are {size} bytes")
     if groups is None or "slice_sizes=" in instruction.attributes:
@@ -152,12 +165,12 @@ def _message(program: Program, axes: dict[str, int], computation: str, instructi
         return _unknown(instruction, f"{problem}; not counted, with {size} bytes of other operands")
     if not groups or not size:
         return _NOTHING
-    label = _label(groups, axes, kind)
+    named = label(groups, how.axes, kind)
     repeats = max(Counter(pair[0] for pair in groups).values()) if kind == "permute" else 1
     sent = size if kind == "broadcast" else repeats * wire_bytes(kind, size, max(map(len, groups)))
-    found = Traffic({(label, kind): sent}, {(label, kind): 1}, ())
-    doubt = _unknown(instruction, f"its groups of devices, such as {groups[0]}, lie along no axes of {axes}")
-    return _total([(1, found), (1, doubt)]) if label == "?" else found
+    found = Traffic({(named, kind): sent}, {(named, kind): 1}, ())
+    doubt = _unknown(instruction, f"its groups of devices, such as {groups[0]}, lie along no axes of {how.axes}")
+    return _total([(1, found), (1, doubt)]) if named == "?" else found
 
 
 def _unknown(instruction: Instruction, why: str) -> Traffic:
@@ -178,89 +191,6 @@ def _payload(program: Program, computation: str, instruction: Instruction) -> tu
     if strange:
         return size, f"the size of dtype {strange} is not known"
     return size, "" if shapes and all(shapes) else "not all of its operands could be found"
-
-
-def _label(groups: list[list[int]], axes: dict[str, int], kind: str) -> str:
-    """The axes along which members of a group differ; `?` if the groups are not just those that these axes make."""
-    digits, devices = _digits(axes), prod(axes.values())
-    varied = []
-    for name, (stride, size) in digits.items():
-        if any(len({member // stride % size for member in group}) > 1 for group in groups):
-            varied.append(name)
-    if kind == "permute":
-        return "+".join(varied) if max(map(max, groups)) < devices else "?"
-    expected = _groups_along(devices, [digits[name] for name in varied])
-    return "+".join(varied) if set(map(frozenset, groups)) == set(map(frozenset, expected)) else "?"
-
-
-def _groups(program: Program, instruction: Instruction) -> list[list[int]] | None:
-    """Devices that talk to each other: replica groups, or the pairs of a permute; None if they cannot be read.
-
-    Groups are printed as `{{0,1},{2,3}}` (`{}`: all devices in one), as `[2,2]<=[4]` with an optional transpose
-    `T(1,0)`, or as `mesh['a'=2,'b'=2] {'b'}`, where `'b':(2)4` would be a part of an axis.
-    """
-    lists, iota, mesh = (way.search(instruction.attributes) for way in (_LISTS, _IOTA, _MESH))
-    if lists:
-        groups = [list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", lists[2])]
-        if not groups and lists[1] == "replica_groups":
-            return [list(range(program.replicas * program.partitions))]
-    elif iota:
-        ids, size = _transposed(iota[2]), int(iota[1].split(",")[-1])
-        groups = [ids[first : first + size] for first in range(0, len(ids), size)]
-    elif mesh:
-        groups = _mesh_groups(*mesh.groups())
-    else:
-        return None
-    return _as_devices(program, instruction, groups)
-
-
-def _as_devices(program: Program, instruction: Instruction, groups: list[list[int]]) -> list[list[int]]:
-    """Groups that, by the rules of XLA, may be printed in numbers of replicas or of partitions, in those of devices."""
-    replicas, partitions = range(program.replicas), range(program.partitions)
-    if "use_global_device_ids=true" in instruction.attributes:
-        return groups
-    if "channel_id=" not in instruction.attributes:
-        return [[replica * len(partitions) + own for replica in group] for own in partitions for group in groups]
-    if instruction.op.startswith(("all-to-all", "collective-")):
-        return [[own * len(partitions) + partition for partition in group] for own in replicas for group in groups]
-    return [[replica * len(partitions) + each for replica in group for each in partitions] for group in groups]
-
-
-def _mesh_groups(mesh: str, ids: str | None, chosen: str) -> list[list[int]]:
-    axes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", mesh)}
-    digits = []
-    for name, before, part in re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", chosen):
-        stride, size = _digits(axes)[name]
-        digits.append((stride * size // (int(before) * int(part)), int(part)) if part else (stride, size))
-    groups = _groups_along(prod(axes.values()), digits)
-    if ids is None:
-        return groups
-    devices = _transposed(ids) if ids.startswith("[") else list(map(int, re.findall(r"\d+", ids)))
-    return [[devices[place] for place in group] for group in groups]
-
-
-def _transposed(text: str) -> list[int]:
-    """`[2,4]T(1,0)`: 0 to 7 as a 2 by 4 array, transposed, flat."""
-    dims, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-    digits = list(_digits(dict(enumerate(map(int, dims.split(","))))).values())
-    ids = [0]
-    for stride, size in [digits[int(dim)] for dim in order.split(",")] if order else digits:
-        ids = [first + step * stride for first in ids for step in range(size)]
-    return ids
-
-
-def _digits(axes: dict) -> dict:
-    """(stride, size) of each axis in the number of a device, for axes from major to minor."""
-    sizes = list(axes.values())
-    return {name: (prod(sizes[place + 1 :]), size) for place, (name, size) in enumerate(axes.items())}
-
-
-def _groups_along(devices: int, digits: list[tuple[int, int]]) -> list[list[int]]:
-    """All devices, in groups whose members differ in nothing but the digits of these (stride, size)."""
-    groups = defaultdict(list)
-    for device in range(devices):
-        groups[device - sum(device // stride % size * stride for stride, size in digits)].append(device)
-    return list(groups.values())
 
 
 def _overlooked(program: Program) -> list[str]:
@@ -284,7 +214,7 @@ def _overlooked(program: Program) -> list[str]:
     ]
 
 
-def _total(parts: Iterable[tuple[int, Traffic]]) -> Traffic:
+def _total(parts: Iterable[tuple[float, Traffic]]) -> Traffic:
     """The sum of (times, traffic)."""
     sent, messages, unknown = defaultdict(float), Counter(), []
     for times, part in parts:

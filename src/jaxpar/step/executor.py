@@ -72,6 +72,7 @@ class Shelves(NamedTuple):
 
 
 KEEPS = {"F": "kept", "B": "between"}
+SCOPE = "timetable_"  # what the switch over a kind of work is called in a program, before the kind
 
 
 def play(score: Score, params: Tree, extra: Tree, batch: tuple, *, learn: bool = True) -> Carry:
@@ -97,7 +98,8 @@ def play(score: Score, params: Tree, extra: Tree, batch: tuple, *, learn: bool =
             if active[kind] != [0]:
                 at = {name: here[column] for (of, name), column in columns.items() if of == kind}
                 branches = [_branch(score, kind, role - 1, shelves, params, batch) for role in active[kind]]
-                done = _chosen(active[kind], at, branches, carry)
+                with jax.named_scope(SCOPE + kind):
+                    done = _chosen(active[kind], at, branches, carry)
                 carry, sent[kind] = _noted(carry, kind, done, at)
         for (kind, shift), pairs in _channels(score.table).items():
             message = lax.ppermute(sent[kind], PIPE, pairs) if shift else sent[kind]

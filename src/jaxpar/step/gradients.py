@@ -43,6 +43,11 @@ class Pipeline(NamedTuple):
     division: Division
     storage: str
 
+    @property
+    def plain(self) -> bool:
+        """Whether this is one stage that does a microbatch forward and back before it takes the next."""
+        return self.table.stages == 1 and "W" not in self.table.kinds and self.storage == "recompute"
+
 
 def gradients(
     model: Layer, pipeline: Pipeline, settings: Settings, reducer: Reducer, state: tuple, batch: tuple, key

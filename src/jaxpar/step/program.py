@@ -11,10 +11,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxpar.core import compat
 from jaxpar.core.types import State
 from jaxpar.plan import mesh as meshes
 from jaxpar.plan import padding
 from jaxpar.plan.layout import Placement, rows
+from jaxpar.plan.product import Settings
 from jaxpar.step.gradients import Found, evaluate, gradients
 from jaxpar.step.partition import partition
 from jaxpar.step.parts import Parts
@@ -59,23 +61,12 @@ def program(parts: Parts) -> Program:
     param_specs, extra_specs = (meshes.parameter_specs(placement, dims) for dims in model.dims)
     batch_specs = _batch_specs(placement, parts)
 
-    def born(seed):
-        made = zip(model.dims, model.init(jax.random.key(seed)), strict=True)
-        return _state(parts, *(padding.pad(placement, dims, tree) for dims, tree in made))
-
-    specs = _state_places(parts, jax.eval_shape(born, 0), param_specs, extra_specs, PartitionSpec())
+    plain = jax.eval_shape(partial(_born, parts), 0)
+    specs = _state_places(parts, plain, param_specs, extra_specs, PartitionSpec())
     shardings = meshes.shardings(mesh, specs)
-    shapes = jax.tree.map(_struct, jax.eval_shape(born, 0), shardings)
+    shapes = jax.tree.map(_struct, plain, shardings)
     unpadded = jax.eval_shape(lambda seed: _state(parts, *model.init(jax.random.key(seed))), 0)
-
-    @partial(
-        spread,
-        in_specs=(param_specs, extra_specs, specs.comm, batch_specs, PartitionSpec()),
-        out_specs=(PartitionSpec(), param_specs, extra_specs, specs.comm),
-    )
-    def found(params, extra, comm, batch, step):
-        key = jax.random.fold_in(jax.random.key(np.uint32(parts.seed)), step)
-        return tuple(gradients(model, parts.pipeline, settings, parts.reducer, (params, extra, comm), batch, key))
+    found = _gradients(parts, settings, spread)
 
     def step(state, batch):
         loss, grads, extra, comm = found(state.params, state.extra, state.comm, batch, state.step)
@@ -98,13 +89,47 @@ def program(parts: Parts) -> Program:
         unpadded=unpadded,
         placement=placement,
         words=_state_places(parts, shapes, *model.dims, ""),
-        init=lambda: jax.jit(born, out_shardings=shardings, compiler_options=_once(mesh))(np.uint32(parts.seed)),
-        batch=_batch_shapes(parts, meshes.shardings(mesh, batch_specs)),
+        init=lambda: jax.jit(partial(_born, parts), out_shardings=shardings, compiler_options=_once(mesh))(
+            np.uint32(parts.seed)
+        ),
+        batch=tuple(map(_struct, _batch_shapes(parts), meshes.shardings(mesh, batch_specs))),
         place=partial(_place, parts.microbatches, meshes.shardings(mesh, batch_specs)),
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)),
         evaluate=jax.jit(measured),
         gradients=jax.jit(lambda state, batch: Found(*found(state.params, state.extra, state.comm, batch, state.step))),
     )
+
+
+def traced(parts: Parts):
+    """The jaxpr of loss and gradients, traced for the plan's mesh but without its devices."""
+    axes = parts.settings.placement.scheme.axes or {"data": 1}
+    found = _gradients(parts, parts.settings, partial(jax.shard_map, mesh=compat.abstract_mesh(axes)))
+    state = jax.eval_shape(partial(_born, parts), 0)
+    return jax.make_jaxpr(found)(state.params, state.extra, state.comm, _batch_shapes(parts), state.step).jaxpr
+
+
+def _gradients(parts: Parts, settings: Settings, spread: Callable) -> Callable:
+    """`found(params, extra, comm, batch, step)`, a `Found` as a tuple, on global arrays; the rest as of `Partition`."""
+    model, placement, whole = parts.model, parts.settings.placement, PartitionSpec()
+    params, extra = (meshes.parameter_specs(placement, dims) for dims in model.dims)
+    comm = jax.tree.map(lambda _: whole, jax.eval_shape(partial(_born, parts), 0).comm)
+
+    @partial(
+        spread,
+        in_specs=(params, extra, comm, _batch_specs(placement, parts), whole),
+        out_specs=(whole, params, extra, comm),
+    )
+    def found(params, extra, comm, batch, step):
+        key = jax.random.fold_in(jax.random.key(np.uint32(parts.seed)), step)
+        return tuple(gradients(model, parts.pipeline, settings, parts.reducer, (params, extra, comm), batch, key))
+
+    return found
+
+
+def _born(parts: Parts, seed) -> State:
+    """The State that a run begins with, as it lies on devices."""
+    made = zip(parts.model.dims, parts.model.init(jax.random.key(seed)), strict=True)
+    return _state(parts, *(padding.pad(parts.settings.placement, dims, tree) for dims, tree in made))
 
 
 def _once(mesh: Mesh) -> dict | None:
@@ -158,14 +183,14 @@ def _batch_specs(placement, parts: Parts):
     return tuple(PartitionSpec(None, rows(placement, "batch", "-") or None) for _ in (parts.inputs, parts.labels))
 
 
-def _batch_shapes(parts: Parts, shardings):
+def _batch_shapes(parts: Parts) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What `_place` makes of a batch of the right shape; jax turns 64-bit numbers into 32-bit ones."""
 
-    def one(a, sharding):
+    def one(a):
         shape = (parts.microbatches, a.shape[0] // parts.microbatches, *a.shape[1:])
-        return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(a.dtype), sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(a.dtype))
 
-    return tuple(map(one, (parts.inputs, parts.labels), shardings))
+    return tuple(map(one, (parts.inputs, parts.labels)))
 
 
 def _place(microbatches: int, shardings, batch):

@@ -1,10 +1,12 @@
 """What a timetable needs to be played: who runs which code, what travels, what is kept; found from shapes alone."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpar.core import compat
 from jaxpar.core.timetable import Timetable
@@ -70,6 +72,31 @@ def score(
                 )
             )
     return empty._replace(works=tuple(works))
+
+
+def shares(table: Timetable, cut: Sequence[Stage], storage: str, device: int) -> Callable[[str, int], list | None]:
+    """How often one device of `pipe` takes each branch of the switches that play a timetable, as a share of its ticks.
+
+    Args:
+        table, cut, storage: as of `score` and `Manner`.
+        device: its place on `pipe`.
+
+    Returns:
+        `shares(scope, branches)`: None for a switch that is none of the timetable's; `scope` is its place in the source.
+    """
+    roles, role_of = _roles(cut, [None] * len(cut))
+    first = [{"F"} if storage == "residual" or not role.last else set() for role in roles]
+    columns, rows = executor.columns_of(table, role_of, [one | set(table.kinds[1:]) for one in first])
+    found = {}
+    for kind in table.kinds:
+        taken = rows[..., columns[kind, "role"]]
+        found[kind] = [float((taken[:, device] == role).mean()) for role in np.unique(taken)]
+
+    def of(scope: str, branches: int) -> list | None:
+        kind = re.search(rf"{executor.SCOPE}([FBW])(/cond)?$", scope)
+        return found[kind[1]] if kind and len(found[kind[1]]) == branches else None
+
+    return of
 
 
 def _roles(cut: Sequence[Stage], takes: Sequence) -> tuple[tuple[Role, ...], tuple[int, ...]]:
