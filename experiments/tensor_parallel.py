@@ -148,7 +148,8 @@ def _run(steps: int, program, compiled, batch):
 
     placed, times = program.place(batch), []
     state, _ = compiled(program.init(), placed)
-    gradients = unpad(jax.device_get(optax.tree_utils.tree_get(state.opt, "trace")), program.unpadded.params)
+    found = jax.device_get(optax.tree_utils.tree_get(state.opt, "trace"))
+    gradients = unpad(program.placement, program.words.params, found, program.unpadded.params)
     for _ in range(steps):
         began = time.perf_counter()
         state, metrics = compiled(state, placed)

@@ -95,20 +95,18 @@ def start(model: Model):
 
 def placed(recipe: Recipe, parts: Parts, made: Program):
     """A State with the parameters of `start` on the devices of the plan, and no optimizer."""
-    multiple = padding.parts(parts.settings.placement)
-
-    def one(words, leaf, to):
-        wider = np.pad(leaf, [(0, more) for more in padding.fill(words, leaf.shape, multiple)])
-        return jax.device_put(wider, to.sharding)
-
-    trees = zip(parts.model.dims, start(recipe.model), made.shapes[1:3], strict=True)
-    params, extra = (jax.tree.map(one, *three) for three in trees)
+    trees = zip(parts.model.dims, start(recipe.model), strict=True)
+    padded = tuple(padding.pad(made.placement, dims, tree) for dims, tree in trees)
+    params, extra = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), padded, made.shapes[1:3])
     return State(jax.device_put(np.int32(0), made.shapes.step.sharding), params, extra, (), {})
 
 
-def unpadded(tree, like):
-    """On the host, without the padding of the vocabulary."""
-    return jax.tree.map(lambda leaf, to: np.asarray(leaf)[tuple(map(slice, to.shape))], tree, like)
+def unpadded(made: Program, params, extra):
+    """On the host, without the padding of the vocabulary and with layers in order."""
+    trees = zip(made.words[1:3], (params, extra), made.unpadded[1:3], strict=True)
+    return tuple(
+        padding.unpad(made.placement, words, jax.tree.map(np.asarray, tree), like) for words, tree, like in trees
+    )
 
 
 def run(recipe: Recipe) -> Ran:
@@ -117,9 +115,7 @@ def run(recipe: Recipe) -> Ran:
     state, batch = placed(recipe, parts, made), made.place(batch_of(recipe))
     compiled = made.gradients.lower(state, batch).compile()
     loss, gradients, extra, _ = compiled(state, batch)
-    like = made.unpadded
-    cut = unpadded(gradients, like.params), unpadded(extra, like.extra)
-    return Ran(float(loss), *cut, parts, made, compiled.as_text())
+    return Ran(float(loss), *unpadded(made, gradients, extra), parts, made, compiled.as_text())
 
 
 @functools.cache
@@ -136,7 +132,7 @@ def losses(recipe: Recipe, steps: int) -> tuple[np.ndarray, object]:
     for step in range(steps):
         state, metrics = compiled(state, made.place(batch_of(recipe, step % 4)))
         found.append(metrics["loss"])
-    return np.asarray(jnp.stack(found)), unpadded(state.extra, made.unpadded.extra)
+    return np.asarray(jnp.stack(found)), unpadded(made, state.params, state.extra)[1]
 
 
 @functools.cache

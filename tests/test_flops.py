@@ -35,7 +35,7 @@ def test_loops_count_as_often_as_they_run():
         return jax.lax.scan(lambda h, _: (h @ w, None), x, length=5)[0]
 
     x, w = jax.ShapeDtypeStruct((2, 3), "float32"), jax.ShapeDtypeStruct((3, 3), "float32")
-    assert flops.forward(jax.make_jaxpr(jax.jit(recurrent))(x, w).jaxpr) == 5 * 2 * 2 * 3 * 3
+    assert products.flops(jax.make_jaxpr(jax.jit(recurrent))(x, w).jaxpr) == 5 * 2 * 2 * 3 * 3
 
 
 def test_mfu_is_reckoned_against_the_stated_peak_or_not_at_all():

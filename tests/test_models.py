@@ -81,7 +81,7 @@ def nanogpt(prefix):
 
 @lru_cache
 def golden_step(plan):
-    """The golden model after one step of its optimizer: new state, metrics, and logits before; all padded.
+    """The golden model after one step of its optimizer: program, new state, metrics, and logits before; all padded.
 
     Three examples do not split, so a fourth without labels stands beside them.
     """
@@ -94,32 +94,38 @@ def golden_step(plan):
     made, state, placed = ready(recipe, (tokens, labels), VOCAB, nanogpt("param"))
     logits = laid_out(model, plan, {"batch": 4, "context": 12}, ("batch context", "batch context vocab"))
     both = jax.jit(lambda state, placed: (*made.step(state, placed), logits(state.params, state.extra, tokens)[0]))
-    return both(state, placed)
+    return made, *both(state, placed)
+
+
+def on_disk(made, params):
+    """Parameters as a checkpoint holds them."""
+    return padding.unpad(made.placement, made.words.params, params, made.unpadded.params)
 
 
 @each_plan
 def test_gpt_gives_the_logits_loss_and_gradients_of_nanogpt(plan):
-    after, metrics, logits = golden_step(plan)
+    made, after, metrics, logits = golden_step(plan)
     want = golden.load("gpt2_nanogpt_bias1")
     got = metrics["loss"], metrics["grad_norm"], logits[:3, :, :VOCAB]
     assert_equal(got, (want["loss"], want["grad_norm"], want["logits"]), tolerance=2e-6)
     clipped = optax.tree_utils.tree_get(after.opt, "mu")  # after one step: (1 - 0.9) gradient / norm
     gradients = jax.tree.map(lambda leaf: leaf / (1 - 0.9) * metrics["grad_norm"], clipped)
     for kind in ("grad", "grad64"):
-        assert_equal(padding.unpad(gradients, nanogpt(kind)), nanogpt(kind), tolerance=1e-5)
+        assert_equal(on_disk(made, gradients), nanogpt(kind), tolerance=1e-5)
 
 
 @each_plan
 def test_a_clipped_step_of_adamw_on_gpt_is_that_of_nanogpt(plan):
     want = nanogpt("after_adamw")
-    got = padding.unpad(golden_step(plan)[0].params, want)
+    made, after, *_ = golden_step(plan)
+    got = on_disk(made, after.params)
     for leaf, reference in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(leaf, reference, rtol=0, atol=1e-5)  # entries move by 1e-3
 
 
 @pytest.mark.parametrize("plan", SHARDED)
 def test_tokens_that_padding_adds_get_no_probability_and_learn_nothing(plan):
-    after, _, logits = golden_step(plan)
+    _, after, _, logits = golden_step(plan)
     logits, table = np.asarray(logits), np.asarray(after.params["tokens"]["table"])
     probability = np.exp(logits - logits.max(-1, keepdims=True))  # times a constant
     assert logits.shape[-1] == len(table) > VOCAB
@@ -211,7 +217,7 @@ def dropped_found(plan):
     recipe, params = Recipe(Model("gpt", **fields), plan=Plan.parse(plan), batch=4), drawn(gpt(vocab=13, **fields))[0]
     made, state, placed = ready(recipe, (tokens[:, :-1], tokens[:, 1:]), 13, params)
     loss, gradients, *_ = made.gradients(state, placed)
-    return loss, padding.unpad(gradients, params)
+    return loss, on_disk(made, gradients)
 
 
 @pytest.mark.parametrize(

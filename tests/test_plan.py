@@ -365,7 +365,7 @@ def test_a_vocabulary_of_any_size_is_padded(tensor, parts, vocab):
     added = -vocab % parts
     assert padded["head"].shape == (120, vocab + added) and padded["other"].shape == (120, 120)
     assert not np.any(padded["table"][vocab:]) and np.sum(padded["bias"]) == np.sum(tree["bias"])
-    assert_equal(padding.unpad(padded, tree), tree, tolerance=0)
+    assert_equal(padding.unpad(placement, dims, padded, tree), tree, tolerance=0)
 
 
 @cache
@@ -376,7 +376,8 @@ def born(plan):
     params = compiled.init().params
     if plan != "data=1":
         assert len(jax.tree.leaves(params)[0].sharding.device_set) > 1
-    return padding.unpad(jax.tree.map(np.asarray, params), compiled.unpadded.params), parts
+    params = jax.tree.map(np.asarray, params)
+    return padding.unpad(compiled.placement, parts.model.dims[0], params, compiled.unpadded.params), parts
 
 
 @pytest.mark.parametrize("plan", ["data=2,tensor=two_d:2x2", "tensor=three_d:2x2x2"])

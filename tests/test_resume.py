@@ -15,14 +15,15 @@ import pytest
 from parity import assert_equal
 from tiny import TINY
 
-from jaxpar.core.plan import Plan
+from jaxpar.core.plan import Plan, scheme_of
 from jaxpar.core.recipe import Data, Model
 from jaxpar.core.refuse import Refused
 from jaxpar.core.types import State
-from jaxpar.plan.padding import unpad
+from jaxpar.plan import padding
+from jaxpar.plan.layout import SINGLE, place
 from jaxpar.step.parts import prepare
 from jaxpar.step.program import program
-from jaxpar.train import checkpoint, folder, manifest, store
+from jaxpar.train import checkpoint, folder, leaves, manifest, store
 from jaxpar.train.fit import fit
 from jaxpar.train.progress import Report, quiet
 from jaxpar.train.stop import Interrupted, NotSaved
@@ -55,13 +56,19 @@ def made_up(running, step=3):
     """A State of random bits, with zeros where it is padded, placed as `running` wants it: no step is compiled."""
     rng = np.random.default_rng(0)
 
-    def one(leaf, padded):
-        bits = np.zeros(padded.shape, padded.dtype)
-        here = tuple(map(slice, leaf.shape))
-        bits[here] = rng.standard_normal(leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else step
+    def one(words, leaf, padded):
+        drawn = (
+            rng.standard_normal(leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.full(leaf.shape, step)
+        )
+        bits = padding.laid(running.placement.stack, words, drawn.astype(leaf.dtype), padded.shape)
         return jax.device_put(bits, padded.sharding)
 
-    return jax.tree.map(one, running.unpadded, running.shapes)
+    return jax.tree.map(one, running.words, running.unpadded, running.shapes)
+
+
+def on_disk(running, state):
+    """What of a State a checkpoint holds, on the host."""
+    return padding.unpad(running.placement, running.words, jax.device_get(state), running.unpadded)
 
 
 def stop_at(step, number=signal.SIGINT):
@@ -93,15 +100,78 @@ def test_a_state_moves_to_other_devices_and_schemes(optimizer, tmp_path):
         running = program_of(replace(GPT, plan=Plan.parse(plan)), optimizer)
         if before is None:
             state = made_up(running)
-            want = unpad(jax.device_get(state), running.unpadded)
+            want = on_disk(running, state)
         else:
             state = checkpoint.restore(tmp_path / before, running, 3)
-        assert_same_bits(unpad(jax.device_get(state), running.unpadded), want)
+        assert_same_bits(on_disk(running, state), want)
         assert [leaf.sharding for leaf in jax.tree.leaves(state)] == [
             s.sharding for s in jax.tree.leaves(running.shapes)
         ]
         before = plan.replace(":", "-")
         assert checkpoint.save(tmp_path / before, running, state, {}) == 3
+
+
+def piped(pipe, stack, tensor="single", data=1):
+    """A plan's name, and where parameters lie: pipelines of a model of three layers."""
+    placement = place(scheme_of(tensor), data, {"batch": TINY.batch, "context": 8}, pipe=pipe, stack=stack)
+    return pytest.param(placement, id=f"{pipe}-{tensor}-{len(stack)}")
+
+
+PIPELINES = [
+    piped(2, (0, 1, 2, -1), "two_d:2x2"),
+    piped(4, (2, -1, 0, 1), "one_d:2"),
+    piped(2, (1, -1, -1, 0, 2, -1), data=4),
+    piped(3, (0, 1, 2)),
+    piped(1, (), "two_half_d:2x2x2"),
+]
+
+
+def pipeline_of(placement, optimizer):
+    parts, _ = prepare(replace(GPT, model=replace(GPT.model, layers=3), plan=Plan()))
+    own = optimizer(parts) if optimizer else parts.optimizer
+    return program(parts._replace(settings=parts.settings._replace(placement=placement), optimizer=own))
+
+
+@pytest.mark.parametrize("placement", PIPELINES)
+@pytest.mark.parametrize(
+    "optimizer",
+    [None, lambda parts: optax.sgd(0.1, momentum=0.9), lambda parts: masked()],
+    ids=["adamw", "sgd", "masked"],
+)
+def test_layers_are_in_order_on_disk(placement, optimizer):
+    alone = pipeline_of(SINGLE, optimizer)
+    want = jax.tree.map(lambda leaf: np.where(abs(leaf) < 0.3, -0.0, leaf), jax.device_get(made_up(alone)))
+    want = jax.tree.map(
+        lambda leaf, like: leaf.astype(like.dtype), want, alone.unpadded
+    )  # with zeros that are negative
+    running = pipeline_of(placement, optimizer)
+    assert jax.tree.structure(running.words) == jax.tree.structure(running.shapes)
+    named = leaves.on_disk(running)
+    found = {name: jax.device_put(leaf, named[name].sharding) for name, leaf in leaves.flat(want).items()}
+    state = leaves.padded(running, found)
+    assert [leaf.sharding for leaf in jax.tree.leaves(state)] == [to.sharding for to in jax.tree.leaves(running.shapes)]
+    assert_same_bits(on_disk(running, state), want)
+    back = leaves.unpadded(running, state)
+    assert_same_bits(back, leaves.flat(want))
+    assert all(back[name].sharding == named[name].sharding for name in named)
+    stacked = {name for name, words in leaves.flat(running.words).items() if words.startswith("layers")}
+    assert any(name.startswith("params/blocks") for name in stacked)
+    assert any("mu" in name.split("/") or "trace" in name.split("/") for name in stacked), "moments move as well"
+    for name, leaf in leaves.flat(state).items() if placement.stack else ():
+        assert (leaf.sharding.spec[:1] == ("pipe",)) == (name in stacked), name
+
+
+def test_a_checkpoint_of_a_pipeline_restores_on_any_other_and_on_none(tmp_path):
+    before, want = None, None
+    for number, placement in enumerate([*(case.values[0] for case in PIPELINES), SINGLE]):
+        running = pipeline_of(placement, None)
+        state = made_up(running) if before is None else checkpoint.restore(before, running, 3)
+        want = want or on_disk(running, state)
+        assert_same_bits(on_disk(running, state), want)
+        before = tmp_path / str(number)
+        checkpoint.save(before, running, state, {})
+    digests = [checkpoint.described(path, 3)["leaves"] for path in tmp_path.iterdir()]
+    assert all(one == digests[0] for one in digests)
 
 
 def test_padding_is_not_on_disk(tmp_path):

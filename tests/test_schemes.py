@@ -226,6 +226,7 @@ def mine(t):
         ('{"tensor": t}', '("tensr",)', "`inner` names the axis 'tensr'.*did you mean `tensor`"),
         ('{"tensor": t}', '("tensor", "tensor")', "`inner` splits by 'tensor' more than once"),
         ('{"tensor": t, "data": 2}', '("tensor",)', "names an axis `data`, which is jaxpar's own"),
+        ('{"tensor": t, "pipe": 2}', '("tensor",)', "names an axis `pipe`, which is jaxpar's own"),
     ],
 )
 def test_a_scheme_of_ones_own_is_read_closely(axes, inner, told, tmp_path):

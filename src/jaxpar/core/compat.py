@@ -13,8 +13,9 @@ def make_mesh(sizes: tuple[int, ...], names: tuple[str, ...], devices) -> Mesh:
 
 
 def varying_axes(a) -> tuple[str, ...]:
-    """Mesh axes over which `a` is typed as varying, inside `jax.shard_map`."""
-    return tuple(jax.typeof(a).mat.varying)
+    """Mesh axes over which `a`, an array or what is known of one, is typed as varying inside `jax.shard_map`."""
+    known = a if isinstance(a, jax.core.AbstractValue) else jax.typeof(a)
+    return tuple(known.mat.varying)
 
 
 def vary(a, axes):
@@ -50,4 +51,12 @@ def random_bits(key, high, low):
     """
     keys = [jnp.broadcast_to(word, high.shape) for word in jax.random.key_data(key)]
     axes = sorted({*varying_axes(high), *varying_axes(low), *varying_axes(keys[0])})
-    return threefry2x32_p.bind(*[vary(word, axes) for word in (*keys, high, low)])[0]
+    return vary(threefry2x32_p.bind(*[vary(word, axes) for word in (*keys, high, low)])[0], axes)  # it drops them
+
+
+def run(equation, values: list) -> list:
+    """The results of one operation of a traced program, for these values of what it reads."""
+    primitive = equation.primitive
+    with equation.ctx.manager:
+        found = primitive.bind(*values, **primitive.get_bind_params(equation.params))
+    return list(found) if primitive.multiple_results else [found]

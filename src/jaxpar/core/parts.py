@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxpar.core.types import Context, Layer, Tree
+from jaxpar.core.types import Layer, Part, Tree
 
 
 def join(parts: dict[str, Layer]) -> tuple[Callable, tuple[Tree, Tree]]:
@@ -22,28 +22,25 @@ def join(parts: dict[str, Layer]) -> tuple[Callable, tuple[Tree, Tree]]:
     return init, tuple({name: part.dims[which] for name, part in parts.items()} for which in (0, 1))
 
 
-def runner(parts: dict[str, Layer], params: Tree, extra: Tree, ctx: Context) -> tuple[Callable, Tree]:
-    """`run(name, x) -> y`, and the new extra, into which each `run` writes what its part returns."""
-    new = dict(extra)
+def chain(parts: dict[str, Layer], reads: dict[str, str] | None = None) -> Layer:
+    """One part after the other; the place where a chain may be cut is between its `parts`.
 
-    def run(name, x):
-        y, new[name] = parts[name].apply(params[name], new[name], x, ctx)
-        return y
-
-    return run, new
-
-
-def chain(parts: dict[str, Layer]) -> Layer:
-    """One part after the other; the place where a chain may be cut is between its `parts`."""
-    init, dims = join(parts)
+    Args:
+        parts: layers by name, in order.
+        reads: for a part without parameters and state of its own, the name of the part whose parameters it reads.
+    """
+    reads = reads or {}
+    init, dims = join({name: part for name, part in parts.items() if name not in reads})
+    links = tuple(Part(name, part, reads.get(name, name)) for name, part in parts.items())
 
     def apply(params, extra, x, ctx):
-        run, new = runner(parts, params, extra, ctx)
-        for name in parts:
-            x = run(name, x)
+        new = dict(extra)
+        for name, layer, read in links:
+            x, state = layer.apply(params[read], extra.get(name, {}), x, ctx)
+            new |= {name: state} if name in extra else {}
         return x, new
 
-    return Layer(init, apply, dims, parts=tuple(parts.values()))
+    return Layer(init, apply, dims, parts=links)
 
 
 def residual(parts: dict[str, Layer]) -> Layer:

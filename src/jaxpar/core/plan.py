@@ -130,9 +130,13 @@ def scheme_of(tensor: str) -> Scheme:
 
 def _of_tables(tensor: str, scheme: Scheme) -> list[Problem]:
     """Layouts of a user's own scheme that cannot be, and would pass: an axis that is none simply splits nothing."""
-    if "data" in scheme.axes:
-        return [Problem("plan.tensor", tensor, "names an axis `data`, which is jaxpar's own.", "another name")]
-    problems = []
+    problems = [
+        Problem("plan.tensor", tensor, f"names an axis `{axis}`, which is jaxpar's own.", "another name")
+        for axis in ("data", "pipe")
+        if axis in scheme.axes
+    ]
+    if problems:
+        return problems
     for field in ("outer", "inner", "up", "down", "table", "across", "inside", "enter"):
         axes = [axis for dim in getattr(scheme, field) or () for axis in dim]
         for axis in dict.fromkeys(axes):

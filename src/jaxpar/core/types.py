@@ -18,13 +18,29 @@ class Layer(NamedTuple):
         dims: mirrors what `init` returns, with one string of dim names per leaf, such as `"embed mlp"`: the whole
             sharding rule. Words: `batch context height width` (rows), `embed` (outer), `mlp heads kv_heads vocab
             channels` (inner), `layers`, and `-` (never split).
-        parts: the layers of a chain, in order, where there is one; pipelines, ZeRO and remat cut only here.
+        parts: the links of a chain, in order, where there is one; pipelines, ZeRO and remat cut only here.
+        blocks: of a stack of equal blocks, how many; its leaves have a leading `layers` dim, its one part is the block.
     """
 
     init: Callable[..., tuple[Tree, Tree]]
     apply: Callable[..., tuple[Any, Tree]]
     dims: tuple[Tree, Tree]
-    parts: tuple = ()
+    parts: tuple["Part", ...] = ()
+    blocks: int = 0
+
+
+class Part(NamedTuple):
+    """A link of a chain.
+
+    Attributes:
+        name: where the chain's params and extra hold what is the layer's own.
+        layer: what it is.
+        reads: where the chain's params hold what the layer reads: `name`, but for a tied head that of the token table.
+    """
+
+    name: str
+    layer: Layer
+    reads: str
 
 
 class Context(NamedTuple):

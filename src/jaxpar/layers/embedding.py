@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpar.core.parts import chain, join, normal, runner
+from jaxpar.core.parts import chain, normal
 from jaxpar.core.types import Layer
 
 MASKED = -1e30  # the logit of a class that does not exist: its probability is exactly 0 in float32
@@ -57,6 +57,15 @@ def head(width: int, classes: int, deviation: float = 0.02) -> Layer:
     return Layer(init, apply, dims=({"weight": "embed vocab"}, {}))
 
 
+def tied_head(classes: int) -> Layer:
+    """Logits from the features by the token table, transposed: a chain lets it read the parameters of `tokens`."""
+
+    def apply(params, extra, x, ctx):
+        return logits(ctx, x, params["table"].T, classes), extra
+
+    return Layer(lambda key: ({}, {}), apply, ({}, {}))
+
+
 def logits(ctx, x, weight, classes: int):
     """x times `weight["embed vocab"]`, with padding masked; a tied head passes its table transposed."""
     y = ctx.dot(x, weight, "embed vocab").astype(jnp.float32)
@@ -75,16 +84,5 @@ def language(vocab: int, width: int, body: dict[str, Layer], *, tied: bool) -> L
 
     Source: Press and Wolf 2017 (tied head), arXiv:1608.05859.
     """
-    parts = {"tokens": tokens(vocab, width), **body} | ({} if tied else {"head": head(width, vocab)})
-    if not tied:
-        return chain(parts)
-    init, dims = join(parts)
-
-    def apply(params, extra, ids, ctx):
-        run, new = runner(parts, params, extra, ctx)
-        x = ids
-        for name in parts:
-            x = run(name, x)
-        return logits(ctx, x, params["tokens"]["table"].T, vocab), new
-
-    return Layer(init, apply, dims, parts=tuple(parts.values()))
+    last = tied_head(vocab) if tied else head(width, vocab)
+    return chain({"tokens": tokens(vocab, width), **body, "head": last}, reads={"head": "tokens"} if tied else {})

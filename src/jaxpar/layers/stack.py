@@ -2,13 +2,13 @@
 
 import jax
 
-from jaxpar.core.types import Layer
+from jaxpar.core.types import Layer, Part
 
 
 def stack(body: Layer, layers: int) -> Layer:
     """`layers` copies of `body`, one after the other, each with parameters of its own.
 
-    The Context decides how they run (one scan, or unrolled); `parts` holds the body once for each.
+    The Context decides how they run: in one scan, or unrolled.
     """
 
     def init(key):
@@ -18,4 +18,4 @@ def stack(body: Layer, layers: int) -> Layer:
         return ctx.block(body.apply)(params, extra, x, ctx)
 
     dims = jax.tree.map(lambda words: f"layers {words}", body.dims)
-    return Layer(init, apply, dims, parts=(body,) * layers)
+    return Layer(init, apply, dims, parts=(Part("block", body, "block"),), blocks=layers)

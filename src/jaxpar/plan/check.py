@@ -14,8 +14,8 @@ from jaxpar.plan import layout
 from jaxpar.plan.layout import Placement
 
 FIELD = {"embed": "model.width", "heads": "model.width", "mlp": "model.hidden", "channels": "model.hidden"}
-LANDED = ("data", "tensor", "microbatches", "regather", "unroll", "precision", "partition", "reducer")
-CHOICES = {"unroll": ("auto", "true", "false"), "partition": ("manual", "auto")}
+LANDED = ("data", "tensor", "pipe", "schedule", "chunks", "microbatches", "storage", "regather", "unroll", "precision", "partition", "reducer")
+CHOICES = {"storage": ("recompute", "residual"), "unroll": ("auto", "true", "false"), "partition": ("manual", "auto")}
 
 
 def of_plan(plan: Plan) -> Iterator[Problem]:

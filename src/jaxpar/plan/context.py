@@ -138,7 +138,7 @@ def _block(settings: Settings):
         def run(params, extra, x, ctx):
             def body(x, xs):
                 layer, params, extra = xs
-                key = None if settings.key is None else jax.random.fold_in(settings.key, layer)
+                key = None if settings.key is None else jax.random.fold_in(settings.key, settings.first_layer + layer)
                 return apply(params, extra, x, context(settings._replace(key=key)))
 
             count = jax.tree.leaves(params)[0].shape[0]

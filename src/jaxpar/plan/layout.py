@@ -12,6 +12,8 @@ ROWS = ("batch", "context", "height", "width")
 INNER = ("mlp", "heads", "kv_heads", "vocab", "channels")
 ROWS_OF_RANK = {1: (), 2: ROWS[:1], 3: ROWS[:2], 4: ("batch", "height", "width")}
 WORDS = (*ROWS, "embed", *INNER, "layers", "experts", "-")
+PIPE = "pipe"  # the axis of a pipeline's devices
+FILLER = -1  # in a stack: a place that holds no layer
 
 
 class Placement(NamedTuple):
@@ -21,26 +23,39 @@ class Placement(NamedTuple):
         scheme: the layouts, rows of both sides led by `data`.
         on_context: outer row axes that lie on the context instead of the batch.
         whole: dims of the model that are not split since they are too small, such as few key-value heads.
+        stack: which layer of the model's stack lies at each place of a leading `layers` dim, `FILLER` for a row of
+            zeros; the places lie over the axis `pipe`. Empty: as on disk, whole on every device.
     """
 
     scheme: Scheme
     on_context: Axes = ()
     whole: frozenset[str] = frozenset()
+    stack: tuple[int, ...] = ()
 
 
 # All whole, on no axes: what one device sees that is alone, or a program on global arrays.
 SINGLE = Placement(Scheme(axes={}, outer=((), ()), inner=((), ()), up=((), ()), down=((), ())))
 
 
-def place(scheme: Scheme, data: int, sizes: Mapping[str, int]) -> Placement:
+def place(scheme: Scheme, data: int, sizes: Mapping[str, int], pipe: int = 1, stack: tuple[int, ...] = ()) -> Placement:
     """Lead both row layouts by a `data` axis, drop axes of size 1, and decide what lies on the context.
 
     Args:
-        scheme: layouts without the data axis.
+        scheme: layouts without the axes `data` and `pipe`.
         data: size of the data axis.
         sizes: entries of each dim of the model that has one: `batch` (per microbatch), `context`, `kv_heads`, ...
+        pipe: size of the pipeline axis, the first of the mesh: what it sends is the least.
+        stack: as in `Placement`: as many places on each device of `pipe`.
+
+    Raises:
+        ValueError: if `stack` lacks a layer, has one twice, or does not divide.
     """
-    axes = {axis: size for axis, size in {"data": data, **scheme.axes}.items() if size > 1}
+    if sorted(layer for layer in stack if layer != FILLER) != [*range(max(stack, default=-1) + 1)] or len(stack) % pipe:
+        raise ValueError(
+            f"stack={stack} must hold each layer once, {FILLER} at all other places, and as many places on each of "
+            f"{pipe} devices."
+        )
+    axes = {axis: size for axis, size in {PIPE: pipe, "data": data, **scheme.axes}.items() if size > 1}
 
     def kept(pair):
         return pair and tuple(tuple(axis for axis in dim if axis in axes) for dim in pair)
@@ -54,7 +69,7 @@ def place(scheme: Scheme, data: int, sizes: Mapping[str, int]) -> Placement:
     found = found._replace(context=tuple(axis for axis in scheme.context if axis in axes))
     split = size(found, found.inner[1])
     whole = frozenset({"kv_heads"} if sizes.get("kv_heads", split) % split else ())
-    return Placement(found, _on_context(found, sizes), whole)
+    return Placement(found, _on_context(found, sizes), whole, tuple(stack))
 
 
 def _on_context(scheme: Scheme, sizes: Mapping[str, int]) -> Axes:
@@ -138,9 +153,15 @@ def activation(placement: Placement, dims: str, rank: int) -> Layout:
 
 
 def weight(placement: Placement, dims: str) -> Layout:
-    """Layout of a parameter: its last two dims by the scheme's table, a vector by its side, the rest whole."""
+    """Layout of a parameter: its last two dims by the scheme's table, a vector by its side, the rest whole.
+
+    A leading `layers` dim is the stack's, and lies over the pipeline.
+    """
     words = tuple(dims.split())
     check_words(words)
+    if words[:1] == ("layers",):
+        over = (PIPE,) if placement.stack and PIPE in placement.scheme.axes else ()
+        return (over, *weight(placement, " ".join(words[1:])))
     if len(words) < 2 or words[-2] in ("layers", *ROWS):
         return tuple(features(placement, word) for word in words)
     return (*[()] * (len(words) - 2), *_matrix(placement, *words[-2:]))

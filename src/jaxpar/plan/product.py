@@ -24,6 +24,7 @@ class Settings(NamedTuple):
         train: training or evaluation.
         key: random key of this step and layer; None if nothing is drawn.
         first_example: global index of the first example of this microbatch.
+        first_layer: number of the first block of a stack that is here, where a pipeline stage holds some of them.
         unroll: run the blocks of a stack one by one (True), in one scan (False), or as is faster (None).
         regather: inside that scan, gather again in the backward pass.
         constrain: `constrain(a, dims, role)`: the array itself, but where XLA decides the collectives: an operand or
@@ -37,6 +38,7 @@ class Settings(NamedTuple):
     train: bool = True
     key: Any = None
     first_example: Any = 0
+    first_layer: Any = 0
     unroll: bool | None = None
     regather: bool = True
     constrain: Callable = lambda a, dims, role: a

@@ -64,10 +64,9 @@ def _total(wire, axes):
 
 def _local(placement: Placement, dims, tree):
     """Shapes of one device's parts of a tree of parameters, the vocabulary padded."""
-    multiple = padding.parts(placement)
 
     def one(words, leaf):
-        sizes = map(sum, zip(leaf.shape, padding.fill(words, leaf.shape, multiple), strict=True))
+        sizes = padding.shape(placement, words, leaf.shape)
         parts = [layout.size(placement.scheme, axes) for axes in layout.weight(placement, words)]
         return jax.ShapeDtypeStruct(tuple(size // n for size, n in zip(sizes, parts, strict=True)), leaf.dtype)
 

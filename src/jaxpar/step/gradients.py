@@ -4,13 +4,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxpar.core import compat
-from jaxpar.core.types import Layer, Reducer
+from jaxpar.core.timetable import Timetable
+from jaxpar.core.types import Layer, Part, Reducer, Tree
 from jaxpar.plan import layout
 from jaxpar.plan.context import Settings
-from jaxpar.step.objective import labelled, nats
+from jaxpar.plan.layout import PIPE
+from jaxpar.step.executor import Carry, play
+from jaxpar.step.objective import labelled
+from jaxpar.step.rehearsal import Manner, score
+from jaxpar.step.stages import Division
 
 
 class Found(NamedTuple):
@@ -22,7 +28,25 @@ class Found(NamedTuple):
     comm: object
 
 
-def gradients(model: Layer, settings: Settings, reducer: Reducer, params, extra, comm, batch, key) -> Found:
+class Pipeline(NamedTuple):
+    """How the microbatches of a batch go through the stages of a model; one stage is no pipeline at all.
+
+    Attributes:
+        table: who does what when, in training.
+        ahead: the same where nothing is learned: forward work only.
+        division: the model in stages.
+        storage: what a stage keeps of its forward pass: `recompute` or `residual`.
+    """
+
+    table: Timetable
+    ahead: Timetable
+    division: Division
+    storage: str
+
+
+def gradients(
+    model: Layer, pipeline: Pipeline, settings: Settings, reducer: Reducer, state: tuple, batch: tuple, key
+) -> Found:
     """Loss and gradients of a whole batch, one microbatch after the other.
 
     Parameters are made to vary over the data axes first, so that gradients arrive as each device found them and the
@@ -30,68 +54,106 @@ def gradients(model: Layer, settings: Settings, reducer: Reducer, params, extra,
 
     Args:
         model: from inputs to logits.
+        pipeline: in which order.
         settings: what the Context is made of, without key and first example.
         reducer: how gradients are summed over data.
-        params, extra, comm: local parts of the State.
+        state: local (params, extra, comm).
         batch: local (inputs, labels), each `[microbatches, examples, ...]`.
         key: random key of this step.
     """
-    replicas, rows = layout.replicas(settings.placement), settings.placement.scheme.inner[0]
-    params = jax.tree.map(lambda leaf: compat.vary(leaf, replicas), params)
+    params, extra, comm = state
     count = jnp.maximum(labelled(settings, batch[1]), 1)
-    parts = batch[1].shape[0]
-    examples = batch[1].shape[1] * layout.size(settings.placement.scheme, layout.rows(settings.placement, "batch", "-"))
+    replicas = layout.replicas(settings.placement)
+    varied = jax.tree.map(lambda leaf: compat.vary(leaf, replicas), params)
 
-    def work(extra, one):
-        index, microbatch = one
-        here = settings._replace(key=key, first_example=index * examples)
+    def loss(ctx, logits, labels):
+        return _share(settings, ctx.cross_entropy(logits, labels).sum()) / count
 
-        def loss(params):
-            total, new = nats(model, here, params, extra, microbatch)
-            return _share(total, rows) / count, new
-
-        (loss, extra), found = jax.value_and_grad(loss, has_aux=True)(params)
-        return extra, (loss, found)
-
-    extra, (loss, found) = _accumulate(work, extra, (jnp.arange(parts), batch))
-    found, comm = reducer.reduce(found, comm, lambda leaf: settings.wire.total(leaf, replicas, "gradients"))
-    return Found(lax.psum(loss, compat.varying_axes(loss)), found, extra, comm)
+    manner = Manner(True, pipeline.storage, _examples(settings, batch), loss)
+    done = _played(model, pipeline, settings._replace(key=key), manner, (varied, extra, batch))
+    found, comm = reducer.reduce(
+        _summed(model, pipeline, done.total), comm, lambda leaf: settings.wire.total(leaf, replicas, "gradients")
+    )
+    new = _from_owners(model, pipeline, done.extra)
+    return Found(lax.psum(done.loss, compat.varying_axes(done.loss)), found, new, comm)
 
 
-def _share(total, rows):
-    """A sum that devices beyond the row axes hold copies of is shared out among them, so that it counts once."""
-    copies = [axis for axis in compat.varying_axes(total) if axis not in rows]
-    for axis in copies:
-        total = total / lax.axis_size(axis)
-    return total
-
-
-def _accumulate(work, extra, xs):
-    """Thread `extra` through the microbatches in order and add up the rest of what `work` returns."""
-    if jax.tree.leaves(xs)[0].shape[0] == 1:
-        return work(extra, jax.tree.map(lambda leaf: leaf[0], xs))
-    shapes = jax.eval_shape(lambda: work(extra, jax.tree.map(lambda leaf: leaf[0], xs)))[1]
-    zeros = jax.tree.map(lambda leaf: compat.vary(jnp.zeros(leaf.shape, leaf.dtype), compat.varying_axes(leaf)), shapes)
-
-    def body(carry, one):
-        extra, total = carry
-        extra, part = work(extra, one)
-        return (extra, jax.tree.map(jnp.add, total, part)), None
-
-    return lax.scan(body, (extra, zeros), xs)[0]
-
-
-def evaluate(model: Layer, settings: Settings, params, extra, batch):
+def evaluate(model: Layer, pipeline: Pipeline, settings: Settings, params, extra, batch):
     """Summed nats and number of labels of a batch, over all devices, with dropout off and `extra` unchanged.
 
     Args: as for `gradients`.
     """
+
+    def loss(ctx, logits, labels):
+        return _share(settings, ctx.cross_entropy(logits, labels).sum())
+
+    manner = Manner(False, pipeline.storage, _examples(settings, batch), loss)
+    done = _played(model, pipeline, settings._replace(train=False), manner, (params, extra, batch))
+    return lax.psum(done.loss, compat.varying_axes(done.loss)), labelled(settings, batch[1])
+
+
+def _played(model: Layer, pipeline: Pipeline, settings: Settings, manner: Manner, local: tuple) -> Carry:
+    """What the executor found; everything that it is given varies over `pipe`."""
+    table = pipeline.table if manner.learn else pipeline.ahead
+    over = (PIPE,) if table.devices > 1 else ()
+    params, extra, batch = jax.tree.map(lambda leaf: compat.vary(leaf, over), local)
+    if not model.parts:  # one stage of one nameless part
+        params, extra = {"": params}, {"": extra}
+    found = score(table, pipeline.division.stages, settings, manner, (params, extra, batch))
+    done = play(found, params, extra, batch, learn=manner.learn)
+    return done if model.parts else done._replace(total=done.total and done.total[""], extra=done.extra[""])
+
+
+def _examples(settings: Settings, batch) -> int:
+    """Of one microbatch, over all devices."""
+    return batch[1].shape[1] * layout.size(settings.placement.scheme, layout.rows(settings.placement, "batch", "-"))
+
+
+def _share(settings: Settings, total):
+    """A sum that devices beyond the row axes hold copies of is shared out among them, so that it counts once."""
     rows = settings.placement.scheme.inner[0]
-    still = settings._replace(train=False)
+    for axis in compat.varying_axes(total):
+        if axis not in rows and axis != PIPE:
+            total = total / lax.axis_size(axis)
+    return total
 
-    def work(total, microbatch):
-        local, _ = nats(model, still, params, extra, microbatch)
-        return total + lax.psum(_share(local, rows), compat.varying_axes(local)), None
 
-    total, _ = lax.scan(work, jnp.float32(0), batch)
-    return total, labelled(settings, batch[1])
+def _is_split(part: Part, pipeline: Pipeline) -> bool:
+    """Whether the blocks of a part lie on the devices of their own stages alone."""
+    return bool(part.layer.blocks and pipeline.division.stack)
+
+
+def _summed(model: Layer, pipeline: Pipeline, found: Tree) -> Tree:
+    """Gradients of what all devices of the pipeline hold, summed over them: a tied table has two stages' gradients."""
+    if pipeline.table.devices == 1:
+        return found
+    split = {part.name for part in model.parts if _is_split(part, pipeline)}
+    return {name: tree if name in split else lax.psum(tree, PIPE) for name, tree in found.items()}
+
+
+def _from_owners(model: Layer, pipeline: Pipeline, extra: Tree) -> Tree:
+    """State that all devices of the pipeline hold, as the one that runs the part left it."""
+    if pipeline.table.devices == 1:
+        return extra
+    here, new = lax.axis_index(PIPE), dict(extra)
+    for part in model.parts:
+        if part.name in extra and not _is_split(part, pipeline):
+            owners = np.array([device for device, _ in _runs(part, pipeline)])
+
+            def one(leaf, owners=owners, rows=bool(part.layer.blocks)):
+                mine = jnp.asarray(owners) == here if rows else owners[0] == here
+                mine = mine.reshape(-1, *[1] * (leaf.ndim - 1)) if rows else mine
+                return lax.psum(jnp.where(mine, leaf, 0), PIPE)
+
+            new[part.name] = jax.tree.map(one, extra[part.name])
+    return new
+
+
+def _runs(part: Part, pipeline: Pipeline) -> list[tuple[int, int]]:
+    """(device, block) of each block of a part, or of the part itself, in the order of blocks."""
+    found = []
+    for stage, device in zip(pipeline.division.stages, pipeline.table.order.place, strict=True):
+        for piece in stage:
+            if piece.part == part:
+                found += [(device, piece.first + n) for n in range(max(piece.count, 1))]
+    return sorted(found, key=lambda pair: pair[1])

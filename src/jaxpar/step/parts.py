@@ -7,15 +7,19 @@ import jax
 import optax
 
 from jaxpar.core import family, strict
-from jaxpar.core.plan import scheme_of
+from jaxpar.core.cells import Order
+from jaxpar.core.plan import Plan, order_of, scheme_of
 from jaxpar.core.recipe import Model, Recipe
 from jaxpar.core.refuse import Collector, Problem, refuse
+from jaxpar.core.timetable import timetable
 from jaxpar.core.types import Dataset, Layer, Reducer
 from jaxpar.plan import check, layout
 from jaxpar.plan.context import Settings
-from jaxpar.plan.layout import Placement
+from jaxpar.plan.layout import SINGLE, Placement
 from jaxpar.plan.wire import device_wire
 from jaxpar.step import checks
+from jaxpar.step.gradients import Pipeline
+from jaxpar.step.stages import Division, costs_of, divide
 
 CONTEXT = 128  # tokens per sequence where neither the recipe nor the model says
 
@@ -29,6 +33,7 @@ class Parts(NamedTuple):
         reducer: how gradients are summed over data.
         settings: what the Context is made of.
         norms: how often a step takes the norm of all gradients: to report it, and to clip.
+        pipeline: in which order microbatches go through which stages.
         microbatches: parts of a batch.
         partition: who decides the collectives: `manual` or `auto`.
         seed: of the run.
@@ -41,6 +46,7 @@ class Parts(NamedTuple):
     reducer: Reducer
     settings: Settings
     norms: int
+    pipeline: Pipeline
     microbatches: int
     partition: str
     seed: int
@@ -80,7 +86,7 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
         Refused: naming every problem.
     """
     refuse(strict.mistyped(recipe))
-    model, placement = _checked(recipe, inputs, labels, classes)
+    model, placement, division = _checked(recipe, inputs, labels, classes)
     plan = recipe.plan
     settings = Settings(
         placement=placement,
@@ -91,14 +97,34 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
     )
     refuse(checks.other_data(recipe, model, settings, (inputs, labels)))
     reducer = family.pick("reducers", plan.reducer)()
-    update, norms = optimizer(recipe, model), 1 + bool(recipe.clip)
     return Parts(
-        model, update, reducer, settings, norms, plan.microbatches, plan.partition, recipe.seed, inputs, labels
+        model=model,
+        optimizer=optimizer(recipe, model),
+        reducer=reducer,
+        settings=settings,
+        norms=1 + bool(recipe.clip),
+        pipeline=_pipeline(plan, division),
+        microbatches=plan.microbatches,
+        partition=plan.partition,
+        seed=recipe.seed,
+        inputs=inputs,
+        labels=labels,
     )
 
 
-def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Placement]:
-    """The model and where it lies, once no problem is left that could be found; arguments as for `assemble`.
+def _pipeline(plan: Plan, division: Division) -> Pipeline:
+    """The timetables of training and of evaluation."""
+    order = order_of(plan)
+    return Pipeline(timetable(order), timetable(_ahead(order)), division, plan.storage)
+
+
+def _ahead(order: Order) -> Order:
+    """The forward work alone, in the same order."""
+    return Order(order.place, tuple(tuple(cell for cell in row if cell.kind == "F") for row in order.work))
+
+
+def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Placement, Division]:
+    """The model, where it lies and its stages, once no problem is left that could be found; arguments as of `assemble`.
 
     Without inputs and labels it checks what does not need them; the model may then be None.
     """
@@ -119,15 +145,30 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
         found.problems.extend(check.of_heads(*(fields.get(name) for name in ("width", "heads", "kv_heads"))))
         if inputs or "example" not in family.parameters(builder):
             model = found.attempt(builder, **fields)
+    order = found.attempt(order_of, recipe.plan)
+    division = None
+    if order and model:
+        division = found.attempt(_divided, recipe, model, order, inputs)
     if scheme:
         sizes = _dims(recipe, fields, labels)
-        placement = layout.place(scheme, recipe.plan.data, sizes)
+        stack = division.stack if division else ()
+        placement = layout.place(scheme, recipe.plan.data, sizes, recipe.plan.pipe, stack)
         found.problems.extend(check.of_rows(placement, recipe.plan, recipe.batch, sizes.get("context")))
     if scheme and model:
         shapes = jax.eval_shape(lambda seed: model.init(jax.random.key(seed)), 0)
         found.problems.extend(check.of_model(placement, model.dims, shapes, sizes))
     refuse(found.problems)
-    return model, placement
+    return model, placement, division
+
+
+def _divided(recipe: Recipe, model: Layer, order: Order, inputs) -> Division:
+    """The model in stages; what they cost is only asked where the cut depends on it."""
+
+    def costs():
+        policy = family.pick("policies", recipe.plan.precision)()
+        return costs_of(model, Settings(SINGLE, policy, device_wire()), inputs)
+
+    return divide(model, order.place, recipe.model.name, costs)
 
 
 def _sizes(recipe: Recipe) -> list[int]:

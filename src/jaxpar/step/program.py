@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpar.core.types import State
 from jaxpar.plan import mesh as meshes
 from jaxpar.plan import padding
-from jaxpar.plan.layout import rows
+from jaxpar.plan.layout import Placement, rows
 from jaxpar.step.gradients import Found, evaluate, gradients
 from jaxpar.step.partition import partition
 from jaxpar.step.parts import Parts
@@ -26,7 +26,9 @@ class Program(NamedTuple):
     Attributes:
         mesh: devices by axis.
         shapes: State of `jax.ShapeDtypeStruct`, padded, with shardings: what `step` takes and gives.
-        unpadded: the same as a checkpoint holds it, without padding of the vocabulary.
+        unpadded: the same as a checkpoint holds it, without padding of the vocabulary and layers in order.
+        placement: where parameters lie.
+        words: the dims of each leaf: a State of strings, empty for a leaf that follows no parameter.
         init: `init() -> State`, each leaf made on the devices where it lives.
         batch: shapes and shardings of the (inputs, labels) that `step` takes, `[microbatches, examples, ...]`.
         place: `place((inputs, labels)) -> batch` on the devices, `[microbatches, examples, ...]`.
@@ -39,6 +41,8 @@ class Program(NamedTuple):
     mesh: Mesh
     shapes: State
     unpadded: State
+    placement: Placement
+    words: State
     init: Callable
     batch: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
     place: Callable
@@ -59,7 +63,7 @@ def program(parts: Parts) -> Program:
         made = zip(model.dims, model.init(jax.random.key(seed)), strict=True)
         return _state(parts, *(padding.pad(placement, dims, tree) for dims, tree in made))
 
-    specs = _state_specs(parts, jax.eval_shape(born, 0), param_specs, extra_specs)
+    specs = _state_places(parts, jax.eval_shape(born, 0), param_specs, extra_specs, PartitionSpec())
     shardings = meshes.shardings(mesh, specs)
     shapes = jax.tree.map(_struct, jax.eval_shape(born, 0), shardings)
     unpadded = jax.eval_shape(lambda seed: _state(parts, *model.init(jax.random.key(seed))), 0)
@@ -71,7 +75,7 @@ def program(parts: Parts) -> Program:
     )
     def found(params, extra, comm, batch, step):
         key = jax.random.fold_in(jax.random.key(np.uint32(parts.seed)), step)
-        return tuple(gradients(model, settings, parts.reducer, params, extra, comm, batch, key))
+        return tuple(gradients(model, parts.pipeline, settings, parts.reducer, (params, extra, comm), batch, key))
 
     def step(state, batch):
         loss, grads, extra, comm = found(state.params, state.extra, state.comm, batch, state.step)
@@ -83,7 +87,7 @@ def program(parts: Parts) -> Program:
         return State(state.step + 1, *new), {"loss": loss, "grad_norm": norm, "skipped": ~fine}
 
     measured = spread(
-        partial(evaluate, model, settings),
+        partial(evaluate, model, parts.pipeline, settings),
         in_specs=(param_specs, extra_specs, batch_specs),
         out_specs=(PartitionSpec(), PartitionSpec()),
     )
@@ -92,6 +96,8 @@ def program(parts: Parts) -> Program:
         mesh=mesh,
         shapes=shapes,
         unpadded=unpadded,
+        placement=placement,
+        words=_state_places(parts, shapes, *model.dims, ""),
         init=lambda: jax.jit(born, out_shardings=shardings, compiler_options=_once(mesh))(np.uint32(parts.seed)),
         batch=_batch_shapes(parts, meshes.shardings(mesh, batch_specs)),
         place=partial(_place, parts.microbatches, meshes.shardings(mesh, batch_specs)),
@@ -116,11 +122,10 @@ def _state(parts: Parts, params, extra) -> State:
     return State(jnp.int32(0), params, extra, parts.optimizer.init(params), parts.reducer.init(params))
 
 
-def _state_specs(parts: Parts, shapes: State, param_specs, extra_specs) -> State:
-    """Specs of a whole State."""
-    whole = PartitionSpec()
-    opt = optimizer_places(parts.optimizer, shapes.opt, shapes.params, param_specs, whole)
-    return State(whole, param_specs, extra_specs, opt, jax.tree.map(lambda _: whole, shapes.comm))
+def _state_places(parts: Parts, shapes: State, params, extra, whole) -> State:
+    """Of a whole State what `params` and `extra` say of theirs, specs or words; `whole` for all other leaves."""
+    opt = optimizer_places(parts.optimizer, shapes.opt, shapes.params, params, whole)
+    return State(whole, params, extra, opt, jax.tree.map(lambda _: whole, shapes.comm))
 
 
 def optimizer_places(optimizer: optax.GradientTransformation, opt, params, places, whole):
@@ -129,7 +134,7 @@ def optimizer_places(optimizer: optax.GradientTransformation, opt, params, place
     Args:
         optimizer: whose state it is.
         opt, params: shapes of the state and of the parameters.
-        places: of the parameters: a tree of specs or shardings.
+        places: of the parameters: a tree of specs, shardings or words.
         whole: the same for what lies in whole copies, such as counts, or the factors of a second moment.
     """
 

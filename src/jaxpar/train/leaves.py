@@ -1,14 +1,18 @@
-"""A State as named arrays without padding: what a checkpoint holds of it."""
+"""A State as named arrays without padding, layers in order: what a checkpoint holds of it."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpar.core.refuse import Problem
 from jaxpar.core.types import State
+from jaxpar.plan import padding
 from jaxpar.step.program import Program
 
 NAMED = 8  # leaves that differ, in one message
@@ -17,48 +21,64 @@ NAMED = 8  # leaves that differ, in one message
 def on_disk(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
     """Each leaf of the State by its name: its unpadded shape, and where it may lie between disk and program.
 
-    A dim that is padded on the devices need not divide without padding, so it is not split.
+    A dim that is padded on the devices need not divide without padding, so it is not split; nor are layers that lie in
+    another order there.
     """
 
-    def one(leaf, padded):
+    def one(words, leaf, padded):
         spec = [*padded.sharding.spec, *[None] * leaf.ndim][: leaf.ndim]
-        kept = (axes if size == full else None for axes, size, full in zip(spec, leaf.shape, padded.shape, strict=True))
+        same = [size == full for size, full in zip(leaf.shape, padded.shape, strict=True)]
+        if padding.moves(program.placement.stack, words):
+            same[0] = False
+        kept = (axes if unmoved else None for axes, unmoved in zip(spec, same, strict=True))
         sharding = NamedSharding(padded.sharding.mesh, PartitionSpec(*kept))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return flat(jax.tree.map(one, program.unpadded, program.shapes))
+    return flat(jax.tree.map(one, program.words, program.unpadded, program.shapes))
+
+
+class Move(NamedTuple):
+    """What becomes of one leaf between disk and devices; `between` is the sharding that `on_disk` gives it."""
+
+    words: str
+    shape: tuple[int, ...]
+    between: NamedSharding
+    sharding: NamedSharding
 
 
 @functools.lru_cache(maxsize=8)  # compiled once per run, not once per checkpoint
-def _resizer(targets):
-    """A compiled function that cuts arrays to, or fills them up with zeros to, the (shape, sharding) in `targets`."""
+def _mover(one: Callable, stack: tuple[int, ...], moves: tuple[Move, ...]) -> Callable:
+    """A compiled function that does `one`, `padding.laid` or `padding.stored`, to several leaves.
 
-    def one(leaf, shape):
-        kept = leaf[tuple(map(slice, shape))]
-        return jnp.pad(kept, [(0, size - there) for size, there in zip(shape, kept.shape, strict=True)])
+    It works where no dim that changes is split, so values are only ever copied. Left to itself, the partitioner adds
+    zeros to what it picks from a split dim, which makes 0 of -0.
+    """
 
-    def resize(*leaves):
-        return tuple(one(leaf, shape) for leaf, (shape, _) in zip(leaves, targets, strict=True))
+    def every(*leaves):
+        held = [lax.with_sharding_constraint(leaf, move.between) for leaf, move in zip(leaves, moves, strict=True)]
+        return tuple(one(stack, move.words, leaf, move.shape) for leaf, move in zip(held, moves, strict=True))
 
-    return jax.jit(resize, out_shardings=tuple(sharding for _, sharding in targets))
+    return jax.jit(every, out_shardings=tuple(move.sharding for move in moves))
+
+
+def _moved(program: Program, one: Callable, leaves: dict, wanted: dict) -> dict:
+    """All leaves by name, those that are not the same on disk and devices with the shape and sharding in `wanted`."""
+    stack, words, between, full = program.placement.stack, *map(flat, (program.words, on_disk(program), program.shapes))
+    changed = [name for name in words if padding.moves(stack, words[name]) or between[name].shape != full[name].shape]
+    moves = [Move(words[name], wanted[name].shape, between[name].sharding, wanted[name].sharding) for name in changed]
+    move = _mover(one, stack, tuple(moves))
+    return leaves | dict(zip(changed, move(*(leaves[name] for name in changed)), strict=True))
 
 
 def unpadded(program: Program, state: State) -> dict[str, jax.Array]:
-    """Each leaf of the State by its name, cut to what is on disk."""
-    wanted = on_disk(program)
-    leaves = dict(zip(wanted, jax.tree.leaves(state), strict=True))
-    long = [name for name, leaf in leaves.items() if leaf.shape != wanted[name].shape]
-    cut = _resizer(tuple((wanted[name].shape, wanted[name].sharding) for name in long))
-    return leaves | dict(zip(long, cut(*(leaves[name] for name in long)), strict=True))
+    """Each leaf of the State by its name, as it is on disk."""
+    return _moved(program, padding.stored, flat(state), on_disk(program))
 
 
 def padded(program: Program, found: dict[str, jax.Array]) -> State:
     """The State of these unpadded leaves, as `program.step` takes it."""
-    wanted = on_disk(program)
-    shapes = dict(zip(wanted, jax.tree.leaves(program.shapes), strict=True))
-    short = [name for name in wanted if wanted[name].shape != shapes[name].shape]
-    pad = _resizer(tuple((shapes[name].shape, shapes[name].sharding) for name in short))
-    found = found | dict(zip(short, pad(*(found[name] for name in short)), strict=True))
+    wanted = flat(program.shapes)
+    found = _moved(program, padding.laid, found, wanted)
     return jax.tree.unflatten(jax.tree.structure(program.shapes), [found[name] for name in wanted])
 
 

@@ -146,8 +146,8 @@ def _writer(laid_out: Program, parts: Parts, state: State, classes: int) -> Writ
     refuse(_not_text(parts, classes))
     like = laid_out.unpadded
     params, extra = (
-        padding.unpad(jax.tree.map(np.asarray, tree), to)
-        for tree, to in ((state.params, like.params), (state.extra, like.extra))
+        padding.unpad(laid_out.placement, words, jax.tree.map(np.asarray, tree), to)
+        for words, tree, to in zip(laid_out.words[1:3], state[1:3], like[1:3], strict=True)
     )
     return Writer(Trained(parts.model, parts.settings, params, extra), parts.inputs.shape[1])
 

@@ -1,0 +1,145 @@
+"""What a timetable needs to be played: who runs which code, what travels, what is kept; found from shapes alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpar.core import compat
+from jaxpar.core.timetable import Timetable
+from jaxpar.plan.context import Settings, context
+from jaxpar.plan.layout import PIPE
+from jaxpar.step import executor, pieces, stages
+from jaxpar.step.executor import Score
+from jaxpar.step.pieces import Boundary, Given, Role
+from jaxpar.step.stages import Stage
+
+
+class Manner(NamedTuple):
+    """How a timetable is played.
+
+    Attributes:
+        learn: whether to find gradients.
+        storage: what F keeps for B: `recompute` or `residual`.
+        examples: of one microbatch, over all devices.
+        loss: `loss(ctx, logits, labels)`: the device's part of the mean loss.
+    """
+
+    learn: bool
+    storage: str
+    examples: int
+    loss: Callable
+
+
+def score(
+    table: Timetable, cut: Sequence[Stage], settings: Settings, manner: Manner, local: tuple
+) -> Score:
+    """Everything that `executor.play` needs; the arrays are those that it will be given.
+
+    Args:
+        table: the timetable.
+        cut: what each stage runs.
+        settings: with the key of the step.
+        manner: how to play.
+        local: (params, extra, batch), as for `executor.play`.
+    """
+    split = manner.learn and "W" in table.kinds
+    settings = settings._replace(unroll=True) if split else settings  # a scan finds both gradients at once
+    boundary, takes, loss = _walk(cut, settings, manner, local)
+    roles, role_of = _roles(cut, takes)
+    empty = Score(table, tuple(cut), roles, role_of, ({},) * len(roles), boundary, loss)
+    works = []
+    for number, role in enumerate(roles):
+        forward = pieces.forward_of(role, settings, boundary, manner.examples, manner.loss)
+        if not manner.learn:
+            works.append(pieces.forward_work(role, forward))
+            continue
+        like = _like(empty, number, local)
+        if manner.storage == "recompute" and not split:
+            works.append(pieces.recomputing(role, forward, like))
+        else:
+            works.append(
+                pieces.cutting(
+                    role,
+                    forward,
+                    like,
+                    residual=manner.storage == "residual",
+                    split=split,
+                    regather=settings.regather,
+                )
+            )
+    return empty._replace(works=tuple(works))
+
+
+def _roles(cut: Sequence[Stage], takes: Sequence) -> tuple[tuple[Role, ...], tuple[int, ...]]:
+    """Stages with the same parts and numbers of blocks share a role, but for the first and the last."""
+    found: dict[tuple, int] = {}
+    roles, role_of = [], []
+    for number, stage in enumerate(cut):
+        last = number == len(cut) - 1
+        key = number == 0, last, tuple((piece.part.name, piece.count) for piece in stage)
+        if key not in found:
+            found[key] = len(roles)
+            roles.append(Role(stage, takes[number], last))
+        role_of.append(found[key])
+    return tuple(roles), tuple(role_of)
+
+
+def _like(score: Score, role: int, local: tuple) -> Given:
+    """Arrays like those that the work of a role is given."""
+    slots = dict.fromkeys(executor.SLOTS, 0) | {"microbatch": jnp.int32(0), "stage": 0}
+    stage = score.roles[role].stage
+    message = [score.boundary.nothing()[None]] if score.boundary else []
+    number = compat.vary(jnp.int32(0), (PIPE,) if score.table.devices > 1 else ())
+    firsts = [number for _ in stage]
+    given = executor.given_of(
+        score, role, "B", local, {"x": message, "seed": message}, (slots, [0 for _ in stage], firsts)
+    )
+    return given._replace(place=(number, tuple(firsts)))
+
+
+def _walk(cut: Sequence[Stage], settings: Settings, manner: Manner, local: tuple) -> tuple[Boundary | None, list, Any]:
+    """The boundary, what each stage takes (None for the first), and what is known of the loss.
+
+    What a stage gives may vary over more axes than what it took, so it is walked through until nothing changes.
+    """
+    axes: tuple[str, ...] = ()
+    while True:
+        takes, loss = _shapes(cut, settings, manner, local, axes)
+        if len(cut) == 1:
+            return None, takes, loss
+        found = tuple(sorted({*axes, *(axis for one in takes[1:] for axis in compat.varying_axes(one))}))
+        if found == axes:
+            break
+        axes = found
+    shapes = {one.shape for one in takes[1:]}
+    shape = shapes.pop() if len(shapes) == 1 else (max(one.size for one in takes[1:]),)
+    return Boundary(shape, jnp.result_type(*(one.dtype for one in takes[1:])), axes), takes, loss
+
+
+def _shapes(cut: Sequence[Stage], settings: Settings, manner: Manner, local: tuple, axes: tuple[str, ...]):
+    """What each stage takes, if what it is sent varies over `axes`, and what is known of the loss."""
+    params, extra, batch = local
+    known: dict = {}
+    takes, taken = [None], None
+
+    def run(stage, like, last):
+        x = batch[0][0] if like is None else compat.vary(jnp.zeros(like.shape, like.dtype), (*axes, *_axes(like)))
+        own = stages.params_of(stage, params), stages.extra_of(stage, extra)
+        y, _ = stages.apply(stage, *own, x, settings)
+        return manner.loss(context(settings), y, batch[1][0]) if last else y
+
+    for number, stage in enumerate(cut):
+        last = number == len(cut) - 1
+        names = tuple((piece.part.name, piece.count) for piece in stage)
+        key = names, number == 0, last, taken and (taken.shape, taken.dtype, _axes(taken))
+        if key not in known:
+            known[key] = jax.eval_shape(lambda stage=stage, like=taken, last=last: run(stage, like, last))
+        taken = known[key]
+        takes.append(taken)
+    return takes[:-1], takes[-1]
+
+
+def _axes(like) -> tuple[str, ...]:
+    return compat.varying_axes(like)
