@@ -143,7 +143,8 @@ def live(
         count, curve = 0, []
         for time in sorted(changes):
             count += changes[time]
-            curve.append((time, count))
+            if changes[time] or not curve:
+                curve.append((time, count))
         curves.append(curve)
     return curves
 
