@@ -14,7 +14,20 @@ from jaxpar.plan import layout
 from jaxpar.plan.layout import Placement
 
 FIELD = {"embed": "model.width", "heads": "model.width", "mlp": "model.hidden", "channels": "model.hidden"}
-LANDED = ("data", "tensor", "pipe", "schedule", "chunks", "microbatches", "storage", "regather", "unroll", "precision", "partition", "reducer")
+LANDED = (
+    "data",
+    "tensor",
+    "pipe",
+    "schedule",
+    "chunks",
+    "microbatches",
+    "storage",
+    "regather",
+    "unroll",
+    "precision",
+    "partition",
+    "reducer",
+)
 CHOICES = {"storage": ("recompute", "residual"), "unroll": ("auto", "true", "false"), "partition": ("manual", "auto")}
 
 

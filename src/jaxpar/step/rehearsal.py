@@ -32,9 +32,7 @@ class Manner(NamedTuple):
     loss: Callable
 
 
-def score(
-    table: Timetable, cut: Sequence[Stage], settings: Settings, manner: Manner, local: tuple
-) -> Score:
+def score(table: Timetable, cut: Sequence[Stage], settings: Settings, manner: Manner, local: tuple) -> Score:
     """Everything that `executor.play` needs; the arrays are those that it will be given.
 
     Args:

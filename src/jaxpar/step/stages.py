@@ -67,7 +67,9 @@ def divide(model: Layer, place: Sequence[int], name: str, costs) -> Division:
         raise Refused([Problem("model.name", name, rule, "a model built by jaxpar.core.parts.chain; or pipe=1")])
     stacks = [part for part in model.parts if part.layer.blocks]
     if len(place) == 1:
-        return Division((tuple(Piece(part, part.layer.blocks) for part in model.parts) or (Piece(Part("", model, "")),),))
+        return Division(
+            (tuple(Piece(part, part.layer.blocks) for part in model.parts) or (Piece(Part("", model, "")),),)
+        )
     if len(stacks) == 1 and stacks[0].layer.blocks >= len(place):
         return _inside(model, stacks[0], place)
     return _between(model, place, costs)
