@@ -8,6 +8,7 @@ from jaxpar.plan import layout, padding
 from jaxpar.plan.layout import Placement
 from jaxpar.plan.wire import Line, cost_of, ledger
 from jaxpar.report.traced import lines
+from jaxpar.step.executor import SCOPE
 from jaxpar.step.objective import labelled, nats
 from jaxpar.step.parts import Parts
 from jaxpar.step.program import traced
@@ -52,6 +53,38 @@ def _pipelined(parts: Parts) -> list[Line]:
         for device in range(pipeline.table.devices)
     ]
     return max(each, key=lambda found: sum(line.bytes for line in found))
+
+
+def pool_bytes(parts: Parts) -> int:
+    """Bytes of the pools in which one device of a pipeline keeps activations, from tick to tick; 0 if there are none.
+
+    They are what the loop over ticks carries besides gradients, state and loss: as many slots as the timetable names,
+    of what was found to be kept.
+    """
+    table = parts.pipeline.table
+    loop = next((one for one in _equations(traced(parts)) if _plays(one, table.ticks)), None)
+    if loop is None:
+        return 0
+    others = len(jax.tree.leaves(parts.model.dims)) + 1
+    carried = loop.outvars[: loop.params["num_carry"]][:-others]
+    return sum(var.aval.size * var.aval.dtype.itemsize for var in carried)
+
+
+def _plays(equation, ticks: int) -> bool:
+    """Whether an operation of a trace is the loop over the ticks of a timetable."""
+    if equation.primitive.name != "scan" or equation.params["length"] != ticks:
+        return False
+    inside = (str(one.source_info.name_stack) for one in _equations(equation.params["jaxpr"].jaxpr))
+    return any(SCOPE in scope for scope in inside)
+
+
+def _equations(jaxpr):
+    """The operations of a jaxpr, and of the functions and `shard_map`s within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        inner = equation.params.get("jaxpr") if equation.primitive.name in ("jit", "pjit", "shard_map") else None
+        if inner is not None:
+            yield from _equations(getattr(inner, "jaxpr", inner))
 
 
 def step_lines(parts: Parts) -> list[Line]:
