@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import tensor_parallel
+from experiments import pipeline_bubbles, tensor_parallel
 from jaxpar.cli import parse
 from jaxpar.core import family
 from jaxpar.core.refuse import Refused
@@ -41,3 +41,23 @@ def test_tensor_parallel_has_every_scheme_on_several_meshes(count):
     assert len(set(plans)) == len(plans) and {needed(plan) for plan in plans} == {count}
     for name in set(family.names("schemes")) - {"single"}:
         assert sum(plan.tensor.startswith(f"{name}:") for plan in plans) >= 2
+
+
+def test_pipeline_bubbles_are_what_the_papers_say(tmp_path, capsys):
+    pipeline_bubbles.main(pipeline_bubbles.Options("t", str(tmp_path), devices=2, microbatches=4))
+    rows = json.loads((tmp_path / "t" / "table.json").read_text())["rows"]
+    assert {row["schedule"] for row in rows} == set(family.names("schedules")) - {"from_table"}
+    rows += [pipeline_bubbles.measure(name, 4, 8, chunks) for name, chunks in pipeline_bubbles.STATED]
+    assert all(map(pipeline_bubbles.agrees, rows))
+    assert not pipeline_bubbles.agrees(rows[0] | {"span": rows[0]["span"] + 1})
+    for name in ("naive", "timetables_2x4", "bubbles"):
+        assert (tmp_path / "t" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "9 of 9 rows are as expected" in printed and printed.index("d3 |") < printed.index("gpipe ")
+    for fields, told in (
+        ({}, "--overwrite"),
+        ({"microbatches": 3}, "devices = 0"),
+        ({"devices": 4, "microbatches": 6}, "8"),
+    ):
+        with pytest.raises(Refused, match=told):
+            pipeline_bubbles.main(pipeline_bubbles.Options("t", str(tmp_path), **fields))

@@ -7,6 +7,7 @@ import pytest
 from harness import SMALL, built, recipe_of
 from tiny import TINY
 
+from jaxpar.core import products
 from jaxpar.report import chips, flops
 from jaxpar.train.fit import fit
 from jaxpar.train.progress import quiet

@@ -145,9 +145,7 @@ def test_span_bubble_and_memory_are_the_closed_forms(name):
 @pytest.mark.parametrize("p, m", [(2, 4), (3, 7), (4, 8), (8, 16)])
 @pytest.mark.parametrize("times", [Times(1, 1, 1), Times(1, 1.2, 0.8), Times(1, 2, 1), Times(3, 2.5, 2)])
 def test_zero_bubbles_for_any_times(p, m, times):
-    forward, backward, weight, _ = (
-        times  # Qi et al. 2023, table 1: what a device is idle between its first and last cell
-    )
+    forward, backward, weight, _ = times  # Qi et al. 2023, section 2.3
     one = cost(made("one_f_one_b", p, m), times)
     assert one.gap == pytest.approx((p - 1) * (forward + backward + weight))
     h1, h2 = (cost(made(f"zero_bubble_{name}", p, m), times) for name in ("h1", "h2"))

@@ -14,7 +14,20 @@ from jaxpar.plan import layout
 from jaxpar.plan.layout import Placement
 
 FIELD = {"embed": "model.width", "heads": "model.width", "mlp": "model.hidden", "channels": "model.hidden"}
-LANDED = ("data", "tensor", "pipe", "schedule", "chunks", "microbatches", "storage", "regather", "unroll", "precision", "partition", "reducer")
+LANDED = (
+    "data",
+    "tensor",
+    "pipe",
+    "schedule",
+    "chunks",
+    "microbatches",
+    "storage",
+    "regather",
+    "unroll",
+    "precision",
+    "partition",
+    "reducer",
+)
 CHOICES = {"storage": ("recompute", "residual"), "unroll": ("auto", "true", "false"), "partition": ("manual", "auto")}
 
 
@@ -44,6 +57,7 @@ def _of_auto(plan: Plan) -> Iterator[Problem]:
     left = {
         "regather": "XLA decides what is gathered again",
         "reducer": "gradients arrive summed over data",
+        "pipe": "there is no axis for it: jaxpar plays its timetables inside `jax.shard_map`",
     }
     for field, why in left.items() if plan.partition == "auto" else ():
         value, default = getattr(plan, field), getattr(Plan, field)

@@ -66,7 +66,7 @@ def picture(path: Path, orders: Mapping[str, Order], times: Times | None = None)
     """Draw timetables one below the other against the same time, each over what its devices hold, as PNG.
 
     A microbatch has one colour, F B and W have shades of it, idle time is white. Below it, how many
-    inputs of stages each device holds.
+    inputs of stages each device holds, counted as 1/V where devices have V stages.
 
     Args:
         path: file to write.
@@ -77,7 +77,7 @@ def picture(path: Path, orders: Mapping[str, Order], times: Times | None = None)
     played = {title: spans(order, times) for title, order in orders.items()}
     longest = max(max(ended.values()) for _, ended in played.values())
     cells = max(longest / min(filter(None, durations(order, times).values())) for order in orders.values())
-    across = min(16.0, max(8.0, 1.2 + 0.22 * cells))
+    across = min(24.0, max(8.0, 1.2 + 0.22 * cells))
     heights = [height for order in orders.values() for height in (0.3 * order.devices, 0.9)]
     figure = Figure(figsize=(across, sum(heights) + 0.75 * len(orders) + 0.3), dpi=150, layout="constrained")
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
@@ -128,7 +128,7 @@ def _memory(axes: Axes, order: Order, began, ended) -> None:
         place = device / max(1, order.devices - 1)
         color = colorsys.hls_to_rgb(0.58, 0.25 + 0.5 * place, 0.7)
         times, counts = zip(*curve, (end, curve[-1][1]), strict=True)
-        shown = [count + apart * device for count in counts]
+        shown = [(count + apart * device) * order.devices / order.stages for count in counts]
         label = f"{device}" if device in (0, order.devices - 1) else None
         axes.step(times, shown, where="post", color=color, linewidth=1.1, label=label)
     axes.set(ylabel="inputs held", ylim=(0, None))

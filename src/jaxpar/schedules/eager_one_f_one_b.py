@@ -18,7 +18,7 @@ def eager_one_f_one_b(stages: int, microbatches: int, chunks: int = 1) -> Order:
     Raises:
         Refused: for other chunks.
 
-    Source: Zhuang et al. 2022, arXiv:2211.05322, section 4 (eager-1F1B).
+    Source: Zhuang et al. 2022, arXiv:2211.05322 (eager-1F1B).
     """
     one_chunk(chunks, "eager_one_f_one_b")
     return one_stage_each(stages, microbatches, [2 * (stages - 1 - device) for device in range(stages)])

@@ -17,7 +17,7 @@ def one_f_one_b(stages: int, microbatches: int, chunks: int = 1) -> Order:
     Raises:
         Refused: for other chunks.
 
-    Source: Narayanan et al. 2021, arXiv:2006.09503, section 2.2; arXiv:2104.04473, section 2.2.1.
+    Source: Narayanan et al. 2021, arXiv:2006.09503 (PipeDream-flush); arXiv:2104.04473, section 2.2.1.
     """
     one_chunk(chunks, "one_f_one_b")
     return one_stage_each(stages, microbatches, [stages - 1 - device for device in range(stages)])

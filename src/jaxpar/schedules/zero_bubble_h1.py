@@ -18,7 +18,7 @@ def zero_bubble_h1(stages: int, microbatches: int, chunks: int = 1) -> Order:
     Raises:
         Refused: for other chunks.
 
-    Source: Qi et al. 2023, arXiv:2401.10241, section 2.1.1.
+    Source: Qi et al. 2023, arXiv:2401.10241, sections 2.1 and 2.3.
     """
     one_chunk(chunks, "zero_bubble_h1")
     order = one_stage_each(stages, microbatches, [stages - 1 - device for device in range(stages)])

@@ -19,7 +19,7 @@ def zero_bubble_h2(stages: int, microbatches: int, chunks: int = 1) -> Order:
     Raises:
         Refused: for other chunks.
 
-    Source: Qi et al. 2023, arXiv:2401.10241, section 2.1.2.
+    Source: Qi et al. 2023, arXiv:2401.10241, sections 2.2 and 2.3.
     """
     one_chunk(chunks, "zero_bubble_h2")
     order = one_stage_each(stages, microbatches, [2 * (stages - 1 - device) for device in range(stages)])

@@ -21,6 +21,7 @@ from jaxpar.plan.layout import PIPE
 from jaxpar.step import stages
 from jaxpar.step.pieces import Boundary, Given, Role, Work, halves, merged
 
+
 class Score(NamedTuple):
     """A timetable and what there is to play.
 
@@ -227,7 +228,10 @@ def _branch(score: Score, kind: str, role: int, shelves: dict[str, Shelves], par
         done, stage, work = idle(carry), score.roles[role].stage, score.works[role][kind]
         rows, firsts = (_of_stage(score, role, at["stage"], field) for field in ("row", "first"))
         given = given_of(score, role, kind, (params, carry.extra, batch), carry.pools, (at, rows, firsts))
-        held = [_held(carry.pools, before, shelves[before].of[role], at) if KINDS.index(kind) > KINDS.index(before) else [] for before in KEEPS]
+        held = [
+            _held(carry.pools, before, shelves[before].of[role], at) if KINDS.index(kind) > KINDS.index(before) else []
+            for before in KEEPS
+        ]
         made, keeps = work.run(given, *held)
         for shelf, one in zip(own_shelves.of[role] if keeps else [], keeps, strict=True):
             done["keeps"][shelf] = one
@@ -237,7 +241,9 @@ def _branch(score: Score, kind: str, role: int, shelves: dict[str, Shelves], par
             done["total"] = stages.add(stage, done["total"], made.own, rows)
         if made.loss is not None:
             done["loss"] = done["loss"] + made.loss
-        new = [old if now is None else now for now, old in ((made.forward, given.forward), (made.backward, given.backward))]
+        new = [
+            old if now is None else now for now, old in ((made.forward, given.forward), (made.backward, given.backward))
+        ]
         return done | ({"extra": stages.put(stage, carry.extra, merged(*new), rows)} if "extra" in done else {})
 
     return (lambda carry, at: idle(carry)) if role < 0 else act

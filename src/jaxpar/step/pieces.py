@@ -185,7 +185,9 @@ def recomputing(role: Role, forward: Forward, like: Given) -> dict[str, Work]:
     return {"B": Work(back, frozenset(after))} | ({} if role.last else {"F": first})
 
 
-def cutting(role: Role, forward: Forward, like: Given, *, residual: bool, split: bool, regather: bool) -> dict[str, Work]:
+def cutting(
+    role: Role, forward: Forward, like: Given, *, residual: bool, split: bool, regather: bool
+) -> dict[str, Work]:
     """The forward pass and its gradients, cut by what each finds.
 
     Args:

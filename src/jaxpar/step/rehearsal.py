@@ -34,9 +34,7 @@ class Manner(NamedTuple):
     loss: Callable
 
 
-def score(
-    table: Timetable, cut: Sequence[Stage], settings: Settings, manner: Manner, local: tuple
-) -> Score:
+def score(table: Timetable, cut: Sequence[Stage], settings: Settings, manner: Manner, local: tuple) -> Score:
     """Everything that `executor.play` needs; the arrays are those that it will be given.
 
     Args:
@@ -82,7 +80,7 @@ def shares(table: Timetable, cut: Sequence[Stage], storage: str, device: int) ->
         device: its place on `pipe`.
 
     Returns:
-        `shares(scope, branches)`: None for a switch that is none of the timetable's; `scope` is its place in the source.
+        `shares(scope, branches)`: None for a switch that is none of the timetable's; `scope` is where it stands.
     """
     roles, role_of = _roles(cut, [None] * len(cut))
     first = [{"F"} if storage == "residual" or not role.last else set() for role in roles]

@@ -1,8 +1,8 @@
 """A model cut into pipeline stages: where, and who holds which parameters.
 
-A model with one stack of at least as many blocks as stages is cut inside the stack: each device holds only the blocks of
-its own stages, and what stands before and after the stack runs on the first and the last. Any other chain is cut between
-its parts so that the slowest stage is as fast as possible; each device then holds all parameters.
+A model with one stack of at least as many blocks as stages is cut inside the stack: each device holds only the blocks
+of its own stages, and what stands before and after the stack runs on the first and the last. Any other chain is cut
+between its parts so that the slowest stage is as fast as possible; each device then holds all parameters.
 """
 
 from collections.abc import Sequence
@@ -67,14 +67,16 @@ def divide(model: Layer, place: Sequence[int], name: str, costs) -> Division:
         raise Refused([Problem("model.name", name, rule, "a model built by jaxpar.core.parts.chain; or pipe=1")])
     stacks = [part for part in model.parts if part.layer.blocks]
     if len(place) == 1:
-        return Division((tuple(Piece(part, part.layer.blocks) for part in model.parts) or (Piece(Part("", model, "")),),))
+        return Division(
+            (tuple(Piece(part, part.layer.blocks) for part in model.parts) or (Piece(Part("", model, "")),),)
+        )
     if len(stacks) == 1 and stacks[0].layer.blocks >= len(place):
         return _inside(model, stacks[0], place)
     return _between(model, place, costs)
 
 
 def _inside(model: Layer, stack: Part, place: Sequence[int]) -> Division:
-    """Cut the one stack; of blocks that do not divide, the last and the first stage get fewer: they also have the rest."""
+    """Cut the one stack; if it does not divide, the last and the first stage get fewer blocks: they have the rest."""
     stages, blocks = len(place), stack.layer.blocks
     room = -(-blocks // stages)
     counts = [room] * stages
@@ -115,7 +117,7 @@ def _between(model: Layer, place: Sequence[int], costs) -> Division:
 
 
 def balanced(costs: Sequence[float], groups: int) -> list[int]:
-    """Where each of `groups` runs of consecutive, non-empty items ends, such that the costliest is as cheap as can be."""
+    """Where each of `groups` runs of consecutive items ends, none empty and the costliest as cheap as can be."""
     count, best = len(costs), {(0, 0): (0.0, 0)}
     for group in range(1, groups + 1):
         for end in range(group, count + 1):
@@ -144,7 +146,7 @@ def _joined(pieces: Sequence[Piece]) -> Stage:
 
 
 def costs_of(model: Layer, settings: Settings, inputs) -> list[float]:
-    """What each of `items(model)` costs forward on one device: flops of its products, and a few for each number it makes.
+    """What each of `items(model)` costs forward on one device: flops of products, and a few per number it makes.
 
     Args:
         settings: of one device that holds all.
