@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.random import threefry2x32_p
+from jax.interpreters import partial_eval
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 
@@ -71,6 +72,11 @@ def random_bits(key, high, low):
     keys = [jnp.broadcast_to(word, high.shape) for word in jax.random.key_data(key)]
     axes = sorted({*varying_axes(high), *varying_axes(low), *varying_axes(keys[0])})
     return vary(threefry2x32_p.bind(*[vary(word, axes) for word in (*keys, high, low)])[0], axes)  # it drops them
+
+
+def without_dead_code(jaxpr):
+    """A jaxpr without the operations, in the jaxprs within it as well, whose results nobody reads."""
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
 
 
 def run(equation, values: list) -> list:

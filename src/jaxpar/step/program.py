@@ -105,7 +105,8 @@ def traced(parts: Parts):
     axes = parts.settings.placement.scheme.axes or {"data": 1}
     found = _gradients(parts, parts.settings, partial(jax.shard_map, mesh=compat.abstract_mesh(axes)))
     state = jax.eval_shape(partial(_born, parts), 0)
-    return jax.make_jaxpr(found)(state.params, state.extra, state.comm, _batch_shapes(parts), state.step).jaxpr
+    closed = jax.make_jaxpr(found)(state.params, state.extra, state.comm, _batch_shapes(parts), state.step)
+    return compat.without_dead_code(closed.jaxpr)
 
 
 def _gradients(parts: Parts, settings: Settings, spread: Callable) -> Callable:
