@@ -230,6 +230,22 @@ def test_a_cache_of_the_caller_stays(no_cache, monkeypatch):
     assert cache.use_cache() == "" and not no_cache.exists()
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_programs_over_several_cpu_devices_are_in_no_cache(count, tmp_path):
+    """Not in one of the caller's either, and not when it has been in use: see tests/xla_cache.py."""
+    code = (
+        "import sys, jax, jaxpar; from jaxpar.plan.mesh import mesh_of; from jax.sharding import *\n"
+        "made = lambda name: len([*__import__('pathlib').Path(sys.argv[2]).glob(f'jit_{name}*')])\n"
+        "def early(x): return x + 1\n"
+        "def late(x): return x + 2\n"
+        "jax.jit(early)(1.0); mesh = mesh_of({'data': int(sys.argv[1])})\n"
+        "jax.jit(late, out_shardings=NamedSharding(mesh, PartitionSpec()))(1.0); print(made('early'), made('late'))"
+    )
+    env = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    found = python("-c", code, str(count), str(tmp_path), env=env)
+    assert found.stdout == f"1 {int(count == 1)}\n", found.stderr
+
+
 def test_preparing_a_recipe_makes_no_devices():
     """They are made once, and a plan that comes later may need more."""
     code = (

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.random import threefry2x32_p
 from jax.interpreters import partial_eval
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -16,6 +17,19 @@ def make_mesh(sizes: tuple[int, ...], names: tuple[str, ...], devices) -> Mesh:
 def abstract_mesh(axes: dict[str, int]) -> AbstractMesh:
     """The same without devices, to trace with."""
     return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def no_compile_cache() -> None:
+    """Neither read compiled programs from jax's cache on the disk nor write them there, for the rest of this process.
+
+    For programs over several CPU devices, which jaxlib 0.10.2 does not read back as they were: that collectives run one
+    after the other is written down for each loop apart, so those inside a loop may then run beside those outside. They
+    all have one key, so they meet partners of another kind, and the process stands still or dies of a broken heap.
+    `tests/xla_cache.py` shows it without jaxpar.
+    """
+    if jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # jax looks at the setting once only
 
 
 def varying_axes(a) -> tuple[str, ...]:

@@ -45,6 +45,8 @@ def simulate(count: int) -> None:
 def devices(count: int) -> list[jax.Device]:
     """`count` devices: accelerators if there are enough, else CPU devices, simulated if need be.
 
+    Several CPU devices end the use of jax's compile cache, which breaks their programs.
+
     Raises:
         Refused: if jax has fewer; the message says how to get them.
     """
@@ -62,6 +64,8 @@ def devices(count: int) -> list[jax.Device]:
             f"else; or take a plan for {len(found)}, such as data={len(found)}"
         )
         raise Refused([Problem("plan", "the mesh", rule, legal)])
+    if count > 1 and found[0].platform == "cpu":
+        compat.no_compile_cache()
     return found[:count]
 
 

@@ -15,7 +15,7 @@ def use_cache() -> str:
     """Keep compiled programs in `$XDG_CACHE_HOME/jaxpar/xla`, by default `~/.cache/jaxpar/xla`, of this user alone.
 
     What lies there is executed, so it must belong to this user and be closed to all others. A cache that the caller has
-    chosen, by jax's own settings, stays.
+    chosen, by jax's own settings, stays. Programs over several CPU devices are in none (`core.compat`).
 
     Returns:
         Empty if all is well; else, in one line, why there is no cache: a reason to be slower, never to stop.
