@@ -163,3 +163,12 @@ def test_what_cannot_be_is_refused(name, plan, field):
         built(recipe_of(SMALL[name], plan))
     assert field in [problem.field for problem in refused.value.problems]
     assert Plan.parse(plan) == Plan.parse(str(Plan.parse(plan)))
+
+
+def test_state_goes_through_microbatches_in_order(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("F1,F0,,,B1,B0\n,F1,F0,B1,B0,\n", encoding="utf-8")
+    plan = f"pipe=2,microbatches=2,schedule=from_table:{table}"
+    with pytest.raises(Refused, match=r"plan.schedule = .*out of order, and the model convnet has state"):
+        built(recipe_of(SMALL["convnet"], plan))
+    check(SMALL["mlp"], plan)

@@ -168,7 +168,18 @@ def _divided(recipe: Recipe, model: Layer, order: Order, inputs) -> Division:
         policy = family.pick("policies", recipe.plan.precision)()
         return costs_of(model, Settings(SINGLE, policy, device_wire()), inputs)
 
+    refuse(_out_of_order(recipe, model, order))
     return divide(model, order.place, recipe.model.name, costs)
+
+
+def _out_of_order(recipe: Recipe, model: Layer, order: Order) -> list[Problem]:
+    """One problem if state would go through the microbatches in another order than without a pipeline."""
+    if not jax.tree.leaves(model.dims[1]) or timetable(order).in_order:
+        return []
+    rule = (
+        f"takes microbatches out of order, and the model {recipe.model.name} has state that goes from one to the next."
+    )
+    return [Problem("plan.schedule", recipe.plan.schedule, rule, "an order with rising microbatches at each stage")]
 
 
 def _sizes(recipe: Recipe) -> list[int]:
