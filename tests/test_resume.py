@@ -36,6 +36,11 @@ GPT = replace(
     data=Data("stdlib_text"),
     plan=SPREAD.plan,
 )
+PIPED = replace(
+    TINY,
+    model=Model("mlp", layers=4, width=16, dropout=0.1),
+    plan=Plan.parse("data=2,pipe=4,microbatches=4,schedule=one_f_one_b"),
+)
 CHAIN = ["tensor=two_half_d:2x2x2", "tensor=three_d:1x4x1", "tensor=one_d:2", "data=1", "tensor=fsdp:8"]
 
 
@@ -187,7 +192,7 @@ def test_padding_is_not_on_disk(tmp_path):
     assert sorted(shapes) == sorted(leaf.shape for leaf in jax.tree.leaves(running.unpadded))
 
 
-@pytest.mark.parametrize("recipe", [SPREAD, CONVNET], ids=["dropout", "batch_norm"])
+@pytest.mark.parametrize("recipe", [SPREAD, CONVNET, PIPED], ids=["dropout", "batch_norm", "pipeline"])
 def test_stop_and_resume_is_no_stop_bitwise(recipe, tmp_path):
     whole = fit(recipe, report=quiet())
     interrupt(recipe, tmp_path, 6)  # its line is written while step 7 runs, so that one is finished too
@@ -204,6 +209,15 @@ def test_a_run_goes_on_under_another_plan(tmp_path):
     assert moved.losses[:4] == whole.losses[:4]
     assert_equal(moved.losses, whole.losses, tolerance=1e-5)
     assert (moved.folder / "plan.txt").read_text() == f"{SPREAD.plan}\n"
+
+
+@pytest.mark.parametrize("plan", ["pipe=2,chunks=2,schedule=interleaved,microbatches=2", "data=1"])
+def test_a_run_of_four_stages_goes_on_with_fewer(plan, tmp_path):
+    whole = fit(replace(PIPED, plan=Plan()), report=quiet())
+    interrupt(PIPED, tmp_path, 3)
+    moved = fit(replace(PIPED, plan=Plan.parse(plan)), name="run", runs_dir=str(tmp_path), report=quiet())
+    assert_equal(moved.losses, whole.losses, tolerance=1e-5)
+    assert_equal(moved.held_out, whole.held_out, tolerance=1e-5)
 
 
 def test_lines_after_the_checkpoint_are_cut(tmp_path):
