@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,15 +16,18 @@ import numpy as np
 import pytest
 
 import jaxpar
+from experiments import lm
 from jaxpar import cli
 from jaxpar.commands import data as data_command
 from jaxpar.commands import doctor as doctor_command
 from jaxpar.core import family, files
+from jaxpar.core.makespan import Times, lockstep
 from jaxpar.core.plan import Plan
 from jaxpar.core.recipe import Data, Model, Recipe
 from jaxpar.core.refuse import Refused
-from jaxpar.report import machine
+from jaxpar.report import account, machine, memory
 from jaxpar.step.generate import _likeliest
+from jaxpar.step.parts import prepare
 from jaxpar.train import folder, lock, record
 from jaxpar.train import sample as writing
 from jaxpar.train.fit import fit
@@ -99,6 +103,97 @@ def test_the_flags_of_a_run_come_in_four_groups(capsys):
 def test_flags_of_a_run_are_checked(flags, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert words in refused(["train", *flags.split()], capsys) and not list(tmp_path.iterdir())
+
+
+# plan
+
+PIPED = ["experiments.lm", "--model.width", "64", "--plan", "data=2,tensor=one_d:2,pipe=4,microbatches=8"]
+
+
+def test_a_forecast_in_json_is_what_the_parts_say(capsys):
+    found = json.loads(told(["plan", *PIPED, "--json"], capsys))
+    parts, _ = prepare(replace(lm.BASE, model=replace(lm.BASE.model, width=64), plan=Plan.parse(PIPED[-1])))
+    assert set(found) == {"plan", "devices", "mesh", "params", "bubble", "pipeline", "comm", "memory", "warnings"}
+    assert (found["plan"], found["devices"]) == (PIPED[-1], 16)
+    assert found["mesh"] == {"pipe": 4, "data": 2, "tensor": 2} and not found["warnings"]
+    assert found["params"] == sum(map(jnp.size, jax.tree.leaves(parts.model.init(jax.random.key(0))[0])))
+    assert (
+        sum(sum(kinds.values()) for kinds in found["comm"]["predicted"].values()) == account.predicted(parts).total_sent
+    )
+    assert {"pipe", "data", "tensor"} <= set(found["comm"]["predicted"])
+    assert found["memory"]["predicted"] == memory.held(parts)
+    pipeline, table = found["pipeline"], parts.pipeline.table
+    assert found["bubble"] == pytest.approx(3 / (8 + 3)) and pipeline["span"] == 3 * (8 + 3)
+    assert pipeline["lockstep_span"] == lockstep(table.order, table.at, Times()) > pipeline["span"]
+    assert pipeline["lockstep_bubble"] == pytest.approx(1 - 8 * 3 / pipeline["lockstep_span"])
+    assert (pipeline["ticks"], pipeline["live"], pipeline["messages"]) == (table.ticks, [4, 3, 2, 1], 2 * 3 * 8)
+    assert pipeline["blocks"] == [1, 1, 1, 1]
+
+
+def test_a_plan_of_512_devices_is_answered_on_one_and_nothing_is_compiled():
+    code = "import jax; from jaxpar import cli; cli.main(); print(jax.device_count(), jax.config.jax_platforms)"
+    words = ["plan", "experiments.lm", "--batch", "128", "--plan", "data=4,tensor=three_d:4x4x4,pipe=2,microbatches=2"]
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    env |= {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "JAX_LOG_COMPILES": "1"}
+    found = subprocess.run([sys.executable, "-c", code, *words], env=env, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert "512: pipe 2 x data 4 x i 4 x j 4 x k 4\n" in found.stdout
+    assert found.stdout.endswith("\n1 cpu\n"), "no accelerator is taken, which a run may hold"
+    compiled = [line for line in found.stderr.splitlines() if line.startswith("Compiling")]
+    assert "Finished tracing" in found.stderr
+    assert all("types (ShapedArray(int32[]),)" in line for line in compiled), compiled  # optax counts from a zero
+
+
+def test_a_forecast_as_text_with_its_timetable(capsys, tmp_path):
+    words = ["--model.name", "mlp", "--data.name", "digits", "--model.layers", "3", "--model.width", "16"]
+    said = told(["plan", *words, "--plan", "pipe=2,microbatches=1", "--timetable"], capsys)
+    assert said.endswith("d0 |F0  .  .  . B0  =\nd1 | . F0 B0  =  .  .\n")
+    assert "idle         50.0% of each device's time" in said
+    assert said.count("warning: ") == 2 and "stages have 2, 1 blocks" in said and "1 microbatches never keep 2" in said
+    alone = told(["plan", *words, "--plan", "partition=auto"], capsys)
+    assert "pipeline" not in alone and "collective  " not in alone and "warning: partition=auto" in alone
+    picture = tmp_path / "new" / "timetable.png"
+    kept = [
+        "--name",
+        "x",
+        "--runs-dir",
+        str(tmp_path),
+        "--sinks",
+        "csv",
+        "--devices",
+        "2",
+    ]  # as they stand after `train`
+    said = told(["plan", *words, *kept, "--plan", "pipe=2,microbatches=4", "--picture", str(picture)], capsys)
+    assert said.endswith(f"{picture}\n") and picture.read_bytes().startswith(b"\x89PNG")
+    assert [*tmp_path.iterdir()] == [picture.parent], "no run was begun"
+
+
+def test_a_forecast_of_a_file(capsys, tmp_path):
+    (path := tmp_path / "recipe.json").write_text(PICTURES.to_json())
+    found = json.loads(told(["plan", str(path), "--json", "--model.width", "32"], capsys))
+    assert found["mesh"] == {"data": 1} and found["bubble"] == 0 and found["pipeline"]["stages"] == 1
+    wide = prepare(replace(PICTURES, model=replace(PICTURES.model, width=32)))[0]
+    assert found["memory"]["predicted"] == memory.held(wide) and found["comm"]["predicted"] == {}
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["experiments.nothing"], "recipe = experiments.nothing: there is no such module"),
+        ([".."], "recipe = ..: there is no such module"),
+        (["experiments.tensor_parallel.more"], "there is no such module"),
+        (["json.tool"], "recipe = json.tool: this module has no recipe called BASE"),
+        (["nothing.json"], "recipe = nothing.json: cannot be read"),
+        (["--plan", "pipe=2,schedule=one_f_one", "--model.name", "gpt"], "did you mean `one_f_one_b`"),
+        (["experiments.lm", "--plan", "pipe=99,microbatches=4"], "99"),
+        (["experiments.lm", "--plan", "data=2", "--devices", "3"], "devices = 3: the plan data=2 needs 2"),
+        (["experiments.lm", "--timetabel"], "--timetabel"),
+        (["experiments.lm", "--picture", "setup.nothing"], "picture = setup.nothing: cannot be written"),
+    ],
+)
+def test_a_forecast_of_wrong_words_is_refused(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(["plan", *words], capsys)
 
 
 # doctor

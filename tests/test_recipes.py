@@ -126,13 +126,19 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_compiled():
         fit(replace(TINY, model=Model("mlp", width=2**20)), report=quiet())
 
 
-def test_the_memory_that_a_step_holds_is_that_of_its_arrays():
-    recipe = replace(TINY, plan=Plan.parse("tensor=two_half_d:2x2x2"))
-    made = program(prepare(recipe)[0])
-    state, found = made.init(), memory.held(made)
-    here = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params)]
-    assert found["parameters"] == found["gradients"] == sum(here)
-    assert found["optimizer"] == sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.opt))
+@pytest.mark.parametrize("plan", ["tensor=two_half_d:2x2x2", "data=2,tensor=one_d:2,pipe=2,microbatches=2"])
+@pytest.mark.parametrize("model", [TINY.model, Model("convnet", layers=1, width=8)], ids=["mlp", "batch norm"])
+def test_the_memory_that_a_step_holds_is_that_of_its_arrays(model, plan):
+    parts, dataset = prepare(replace(TINY, model=model, plan=Plan.parse(plan)))
+    made = program(parts)
+    state, found = made.init(), memory.held(parts)
+
+    def here(tree):
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+    assert found["parameters"] == found["gradients"] == here(state.params)
+    assert (found["optimizer"], found["other state"]) == (here(state.opt), here((state.extra, state.comm)))
+    assert found["batch"] == here(made.place(dataset.batch(0)))
     assert 0 < memory.available(jax.devices()[0], 8) == machine.memory()[1] // 8
 
 

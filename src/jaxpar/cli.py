@@ -137,16 +137,28 @@ def ready(options: Options) -> Callable:
     from jaxpar.train.cache import use_cache
     from jaxpar.train.fit import fit
 
-    plan, needed = options.recipe.plan, mesh.needed(options.recipe.plan)
-    if needed and options.devices not in (None, needed):
-        legal = f"{needed}, or no --devices; or a plan for {options.devices}"
-        raise Refused([Problem("devices", options.devices, f"the plan {plan} needs {needed}.", legal)])
+    needed = check_devices(options.recipe.plan, options.devices)
     names = tuple(filter(None, (name.strip() for name in options.sinks.split(","))))
     mesh.simulate(needed or 1)
     if warning := use_cache():
         print(f"warning: {warning}", file=sys.stderr)
     keywords = {key: getattr(options, key) for key in ("name", "runs_dir", "data_dir", "overwrite", "watchdog")}
     return functools.partial(fit, **keywords, **({"sinks": names} if names else {}))
+
+
+def check_devices(plan: Plan, devices: int | None) -> int:
+    """How many devices `plan` needs; 0 for one that will be refused.
+
+    Raises:
+        Refused: if --devices says another number.
+    """
+    from jaxpar.plan import mesh
+
+    needed = mesh.needed(plan)
+    if needed and devices not in (None, needed):
+        legal = f"{needed}, or no --devices; or a plan for {devices}"
+        raise Refused([Problem("devices", devices, f"the plan {plan} needs {needed}.", legal)])
+    return needed
 
 
 @contextmanager

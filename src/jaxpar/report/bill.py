@@ -42,8 +42,8 @@ def counted_in(parts: Parts, text: str) -> hlo.Traffic:
 def as_json(bill: Bill) -> dict:
     """`{"predicted": {axis: {collective: bytes}} or None, "compiled": ..., "warnings": [...]}`."""
     return {
-        "predicted": _by_axis(bill.predicted) if bill.predicted else None,
-        "compiled": _by_axis(bill.compiled),
+        "predicted": by_axis(bill.predicted) if bill.predicted else None,
+        "compiled": by_axis(bill.compiled),
         "warnings": [*bill.unknown, *differences(bill)],
     }
 
@@ -76,7 +76,8 @@ def table(bill: Bill) -> str:
     return "\n".join([*lines, *(f"warning: {sentence}" for sentence in (*bill.unknown, *differences(bill)))])
 
 
-def _by_axis(cost: Cost) -> dict[str, dict[str, float]]:
+def by_axis(cost: Cost) -> dict[str, dict[str, float]]:
+    """Bytes sent, by mesh axes and then by collective."""
     found: dict[str, dict[str, float]] = {}
     for (axes, kind), value in cost.sent.items():
         found.setdefault(axes, {})[kind] = value

@@ -7,22 +7,35 @@ import jax
 
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Problem
+from jaxpar.plan import layout, padding
+from jaxpar.plan.layout import Placement
 from jaxpar.report import machine
-from jaxpar.step.program import Program
+from jaxpar.step.parts import Parts
+from jaxpar.step.program import Program, optimizer_places
 
 
-def held(program: Program) -> dict[str, int]:
-    """Bytes that one device holds during a step, by category; activations come on top.
+def held(parts: Parts) -> dict[str, int]:
+    """Bytes that one device holds during a step, by category; activations come on top. Needs no devices.
 
     Gradients are as large as parameters; the state is donated, so it is there once.
     """
-    state = program.shapes
+    placement, model = parts.settings.placement, parts.model
+
+    def born():
+        made = zip(model.dims, model.init(jax.random.key(0)), strict=True)
+        params, extra = (padding.pad(placement, dims, tree) for dims, tree in made)
+        return params, extra, parts.optimizer.init(params), parts.reducer.init(params)
+
+    params, extra, opt, comm = jax.eval_shape(born)
+    words = optimizer_places(parts.optimizer, opt, params, model.dims[0], "")
+    rows = layout.size(placement.scheme, layout.rows(placement, "batch", "-"))
+    parameters = _bytes(placement, model.dims[0], params)
     return {
-        "parameters": _bytes(state.params),
-        "gradients": _bytes(state.params),
-        "optimizer": _bytes(state.opt),
-        "other state": _bytes((state.extra, state.comm)),
-        "batch": _bytes(program.batch),
+        "parameters": parameters,
+        "gradients": parameters,
+        "optimizer": _bytes(placement, words, opt),
+        "other state": _bytes(placement, model.dims[1], extra) + sum(map(_size, jax.tree.leaves(comm))),
+        "batch": sum(_size(a) // rows for a in (parts.inputs, parts.labels)),
     }
 
 
@@ -34,9 +47,9 @@ def available(device: jax.Device, devices: int) -> int | None:
     return found[1] // devices if found else None
 
 
-def problems(plan: Plan, program: Program) -> Iterator[Problem]:
+def problems(plan: Plan, parts: Parts, program: Program) -> Iterator[Problem]:
     """One problem if even without activations a step does not fit."""
-    needs, devices = held(program), program.mesh.devices
+    needs, devices = held(parts), program.mesh.devices
     room = available(devices.flat[0], devices.size)
     total = sum(needs.values())
     if room is not None and total > room:
@@ -61,7 +74,13 @@ def of_compiled(plan: Plan, program: Program, compiled: jax.stages.Compiled) -> 
         yield Problem("memory", plan, rule, legal)
 
 
-def _bytes(tree) -> int:
-    """Of one device's parts of a tree of shapes with shardings."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+def _bytes(placement: Placement, words, tree) -> int:
+    """Of one device's parts of a tree of shapes, whose dims `words` names; a leaf without words is whole."""
+    parts = jax.tree.map(
+        lambda own: layout.size(placement.scheme, layout.axes_of(layout.weight(placement, own))), words
+    )
+    return sum(jax.tree.leaves(jax.tree.map(lambda count, leaf: _size(leaf) // count, parts, tree)))
+
+
+def _size(leaf) -> int:
+    return math.prod(leaf.shape) * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize

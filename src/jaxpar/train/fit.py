@@ -63,7 +63,7 @@ def fit(
     refuse(found.problems)
     parts, dataset = prepared
     program = program_of(parts)
-    refuse(memory.problems(recipe.plan, program))
+    refuse(memory.problems(recipe.plan, parts, program))
     with ExitStack() as until_done:
         report = unfailing(report or progress(recipe.steps))
         until_done.callback(report.close)
