@@ -1,4 +1,6 @@
-"""Say what a plan comes to before anything is compiled: mesh, bytes, memory, idle time; the devices need not be here.
+"""Say what a plan costs before it runs: mesh, bytes, memory, idle time.
+
+The devices need not be there, and nothing is compiled.
 
 python -m jaxpar plan experiments.lm --plan data=4,tensor=three_d:2x4x2
 python -m jaxpar plan --model.name mlp --data.name digits --plan pipe=4,microbatches=8 --timetable

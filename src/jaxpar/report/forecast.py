@@ -30,7 +30,7 @@ def forecast(plan: Plan, parts: Parts) -> dict[str, Any]:
         pipeline: see `_pipeline`.
         comm: `predicted`: bytes that a device sends in a step, by mesh axes and by collective; of a pipeline the device
             that sends most; None where XLA decides the collectives.
-        memory: `predicted`: bytes that a device holds besides activations, by category.
+        memory: `predicted`: bytes that a device holds, by category; of activations only those that a timetable keeps.
         warnings: sentences.
     """
     shapes = jax.eval_shape(lambda: parts.model.init(jax.random.key(0))[0])
@@ -45,7 +45,7 @@ def forecast(plan: Plan, parts: Parts) -> dict[str, Any]:
         "bubble": pipeline.pop("bubble"),
         "pipeline": pipeline,
         "comm": {"predicted": bill.by_axis(sent) if sent else None},
-        "memory": {"predicted": memory.held(parts)},
+        "memory": {"predicted": memory.held(parts) | {"kept by the timetable": account.pool_bytes(parts)}},
         "warnings": _warnings(plan, parts),
     }
 
@@ -55,7 +55,8 @@ def _pipeline(plan: Plan, parts: Parts) -> dict[str, Any]:
 
     `span` and `bubble` are of devices that work as soon as they can; `lockstep_*` where every tick lasts as long as its
     busiest device, as in the compiled program. `live` is the most inputs of stages that each device holds, `messages`
-    what all devices send to others, `sends` what each sends, `stages` the blocks or parts of each stage.
+    what all devices send to others, `sends` what each sends, `blocks` how many each stage has. All devices have room
+    for as much as the one that holds most: they run one program.
     """
     table = parts.pipeline.table
     found = makespan(table.order, table.at, TIMES)
@@ -106,12 +107,13 @@ def text(found: dict[str, Any]) -> str:
         rows += [
             ("pipeline", f"{pipeline['schedule']}, {counts}"),
             ("idle", f"{idle}, if backward takes twice as long as forward"),
-            ("inputs held", f"{', '.join(map(str, pipeline['live']))}, by device"),
+            ("blocks", f"{', '.join(map(str, pipeline['blocks']))}, by stage"),
+            ("inputs held", f"{', '.join(map(str, pipeline['live']))} at most, by device"),
             ("messages", f"{pipeline['messages']:,} a step, over all devices"),
         ]
     lines = [aligned(("", ""), rows).strip("\n")]
     categories = [(name, f"{size:,}") for name, size in {**held, "all": sum(held.values())}.items()]
-    lines.append(aligned(("held besides activations", "bytes per device"), categories, ("bytes per device",)))
+    lines.append(aligned(("held besides transients", "bytes per device"), categories, ("bytes per device",)))
     if sent is not None:
         lines.append(_sent(sent))
     return "\n\n".join([*lines, *(f"warning: {sentence}" for sentence in found["warnings"])])

@@ -115,12 +115,10 @@ def _like(score: Score, role: int, local: tuple) -> Given:
     """Arrays like those that the work of a role is given."""
     slots = dict.fromkeys(executor.SLOTS, 0) | {"microbatch": jnp.int32(0), "stage": 0}
     stage = score.roles[role].stage
-    message = [score.boundary.nothing()[None]] if score.boundary else []
+    came = dict.fromkeys(executor.came_of(score, "B"), score.boundary and score.boundary.nothing())
     number = compat.vary(jnp.int32(0), (PIPE,) if score.table.devices > 1 else ())
     firsts = [number for _ in stage]
-    given = executor.given_of(
-        score, role, "B", local, {"x": message, "seed": message}, (slots, [0 for _ in stage], firsts)
-    )
+    given = executor.given_of(score, role, local, came, (slots, [0 for _ in stage], firsts))
     return given._replace(place=(number, tuple(firsts)))
 
 
