@@ -2,28 +2,26 @@
 
 import math
 
-import jax
+from jaxpar.core.walk import Shares, visits
 
 
-def flops(jaxpr) -> float:
-    """Flops of all products in a jaxpr, two for each multiplication with its addition, as often as its loops run."""
-    return float(sum(_of(equation) for equation in jaxpr.eqns))
+def flops(jaxpr, shares: Shares | None = None) -> float:
+    """Flops of all products in a jaxpr, two for each multiplication with its addition, as often as its loops run.
+
+    Args:
+        jaxpr: traced; inside `jax.shard_map`, its products are those of one device.
+        shares: how often each branch of a switch is taken, as of `walk.visits`; by default the costliest counts.
+    """
+    return float(sum(visit.times * _of(visit.equation) for visit in visits(jaxpr, _of, shares)))
 
 
 def _of(equation) -> float:
-    name, out = equation.primitive.name, equation.outvars[0].aval if equation.outvars else None
+    name = equation.primitive.name
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
-        return 2 * math.prod(out.shape) * math.prod(equation.invars[0].aval.shape[dim] for dim in contracted)
+        shape = equation.invars[0].aval.shape
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[dim] for dim in contracted)
     if name == "conv_general_dilated":
         kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
-        return 2 * math.prod(out.shape) * math.prod(kernel[dim] for dim in spec[1:])
-    inner = [value for value in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr) if _is_jaxpr(value)]
-    found = [flops(getattr(one, "jaxpr", one)) for one in inner]
-    if name == "cond":
-        return max(found)
-    return sum(found) * (equation.params["length"] if name == "scan" else 1)
-
-
-def _is_jaxpr(value) -> bool:
-    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[dim] for dim in spec[1:])
+    return 0.0
