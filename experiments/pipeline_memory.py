@@ -13,7 +13,7 @@ p + (p-1)/V and zero_bubble_v p, which do not; and one is a dummy for ticks with
 `recompute` per slot and does less work; schedules with a W hold what W needs for longer. (Huang et al. 2019,
 arXiv:1811.06965; Narayanan et al. 2021, arXiv:2104.04473; Qi et al. 2023, arXiv:2401.10241.)
 
-Nothing is run, each program is compiled once: ten minutes on 2 cores for all of them.
+Nothing is run, each program is compiled once: ten minutes on 2 idle cores for all of them.
 
     python -m experiments.pipeline_memory
     python -m experiments.pipeline_memory --schedules gpipe,one_f_one_b --microbatches 4,16,64 --name two
@@ -113,7 +113,7 @@ def written(row: dict, first: dict) -> str:
 def picture(path: Path, rows: list[dict], title: str) -> Path:
     """Compiled memory against microbatches, a line per schedule, and dashed the pools in it; a panel per storage."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import ScalarFormatter
 
     from jaxpar.report.pictures import COLORS
 
@@ -136,7 +136,7 @@ def picture(path: Path, rows: list[dict], title: str) -> Path:
         axes.set_title(f"storage={storage}", loc="left", fontsize=10)
         axes.set_xticks(sorted({row["microbatches"] for row in rows}))
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     panels[0].set_ylabel("megabytes of a device")
