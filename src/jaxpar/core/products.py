@@ -1,6 +1,7 @@
 """Floating-point operations of the products in a traced program."""
 
 import math
+from collections import Counter
 
 from jaxpar.core.walk import Shares, visits
 
@@ -12,16 +13,31 @@ def flops(jaxpr, shares: Shares | None = None) -> float:
         jaxpr: traced; inside `jax.shard_map`, its products are those of one device.
         shares: how often each branch of a switch is taken, as of `walk.visits`; by default the costliest counts.
     """
-    return float(sum(visit.times * _of(visit.equation) for visit in visits(jaxpr, _of, shares)))
+    return float(sum(visit.times * _flops(visit.equation) for visit in visits(jaxpr, _flops, shares)))
 
 
-def _of(equation) -> float:
-    name = equation.primitive.name
+def each(jaxpr, shares: Shares | None = None) -> Counter[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """How often each product runs, by `sizes` of it; arguments as of `flops`."""
+    found: Counter = Counter()
+    for equation, times in visits(jaxpr, _flops, shares):
+        if shape := sizes(equation):
+            found[shape] += times
+    return found
+
+
+def sizes(equation) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The sizes of a product's result, and of what each entry is a sum over; None for any other operation."""
+    name, out = equation.primitive.name, equation.outvars[0].aval.shape if equation.outvars else ()
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[dim] for dim in contracted)
+        return out, tuple(shape[dim] for dim in contracted)
     if name == "conv_general_dilated":
         kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[dim] for dim in spec[1:])
-    return 0.0
+        return out, tuple(kernel[dim] for dim in spec[1:])
+    return None
+
+
+def _flops(equation) -> float:
+    found = sizes(equation)
+    return 2.0 * math.prod(found[0]) * math.prod(found[1]) if found else 0.0

@@ -5,8 +5,10 @@ import jax
 from jaxpar.core import products
 from jaxpar.plan.layout import SINGLE
 from jaxpar.plan.wire import device_wire
+from jaxpar.report.traced import shares_of
 from jaxpar.step.objective import nats
 from jaxpar.step.parts import Parts
+from jaxpar.step.program import traced
 
 BACKWARD = 2  # products in the backward pass for each one forward: one per operand
 
@@ -27,3 +29,16 @@ def of_model(parts: Parts) -> float:
         params, extra, batch
     )
     return (1 + BACKWARD) * products.flops(walked.jaxpr)
+
+
+def executed(parts: Parts, trace=None) -> float:
+    """Flops of the products that one device carries out in a step; of a pipeline the device that does most.
+
+    Work that is done again, by rematerialization or by each of several devices, and padding count; not in `of_model`.
+
+    Args:
+        parts: of the run.
+        trace: `traced(parts)`, if it is at hand.
+    """
+    found = trace or traced(parts)
+    return max(products.flops(found, one) for one in shares_of(parts))

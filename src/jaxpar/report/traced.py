@@ -10,6 +10,8 @@ from math import prod
 
 from jaxpar.core.walk import Shares, visits
 from jaxpar.plan.wire import Line
+from jaxpar.step.parts import Parts
+from jaxpar.step.rehearsal import shares
 
 KINDS = {
     "all_gather": "all_gather",
@@ -35,6 +37,13 @@ def lines(jaxpr, sizes: Mapping[str, int], shares: Shares) -> Iterator[Line]:
     """
     for equation, times in visits(jaxpr, partial(_bytes, sizes), shares):
         yield from _lines(equation, sizes, times)
+
+
+def shares_of(parts: Parts) -> list[Shares]:
+    """For each device of the axis `pipe`, how often it takes which branch."""
+    pipeline = parts.pipeline
+    played = pipeline.table, pipeline.division.stages, pipeline.storage
+    return [shares(*played, device) for device in range(pipeline.table.devices)]
 
 
 def _lines(equation, sizes: Mapping[str, int], times: float = 1.0) -> Iterator[Line]:
