@@ -3,7 +3,7 @@
 import os
 
 
-def _xla_flags(flags: str) -> str:
+def xla_flags(flags: str) -> str:
     """`flags` and those of ours that it does not set: a flag that a caller chose stays."""
     ours = {
         "--xla_force_host_platform_device_count": 8,
@@ -13,7 +13,7 @@ def _xla_flags(flags: str) -> str:
     return " ".join([flags, *(f"{flag}={value}" for flag, value in ours.items() if flag not in flags)]).strip()
 
 
-os.environ["XLA_FLAGS"] = _xla_flags(os.environ.get("XLA_FLAGS", ""))
+os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")  # numpy and scikit-learn; the cores belong to the simulated devices

@@ -1,6 +1,7 @@
 """A pipeline changes no number: gradients of every schedule equal those of one device, whatever else the plan says."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Refused
 from jaxpar.plan.wire import cost_of
 from jaxpar.report import account, bill
-from jaxpar.step import stages
+from jaxpar.step import executor, stages
 
 SCHEDULES = [name for name in family.names("schedules") if name != "from_table"]
 CHUNKS = {"interleaved": 2, "zero_bubble_v": 2}
@@ -99,6 +100,39 @@ def test_collectives_of_a_tick(schedule, storage):
     assert branches <= bodies.keys() and len(branches) > 3
     for name in branches:
         assert not re.search(r" (all-|reduce-scatter|collective-)", bodies[name]), name
+
+
+def instructions(plan, microbatches):
+    """How many the compiled program of a small pipeline has."""
+    model = variant(SMALL["mlp"], layers=4, width=8, hidden=8)
+    _, made = built(recipe_of(model, f"{plan},microbatches={microbatches}", batch=64))
+    text = made.gradients.lower(made.shapes, made.batch).compile().as_text()
+    return len(re.findall(r"^ +(?:ROOT )?%\S+ = ", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "pipe=4,schedule=one_f_one_b",
+        "pipe=4,schedule=gpipe,storage=residual",
+        "pipe=2,schedule=zero_bubble_h1",
+        "storage=residual",
+    ],
+)
+def test_the_program_is_as_long_for_any_number_of_microbatches(plan):
+    assert instructions(plan, 4) == instructions(plan, 16) > 300
+
+
+def test_a_program_that_is_unrolled_would_be_longer(monkeypatch):
+    """What the test before this one would see."""
+
+    def unrolled(tick, carry, rows):
+        for row in rows:
+            carry, _ = tick(carry, row)
+        return carry, None
+
+    monkeypatch.setattr(executor, "lax", SimpleNamespace(**vars(jax.lax) | {"scan": unrolled}))
+    assert instructions("pipe=2", 4) > 1.3 * instructions("pipe=2", 2)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ no layer knows of it, nothing is differentiated by hand, and nothing that is kep
 Source: Qi et al. 2023 (zero bubble), arXiv:2401.10241, section 2, for the two halves of a backward pass.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,7 +106,7 @@ def _write_out(traced: Traced, closed, arguments: list) -> list:
 
 
 def cut(
-    traced: Traced, wanted: Sequence[Sequence[int]], keep: Callable[[Value], bool], fleeting: Iterable[int] = ()
+    traced: Traced, wanted: Sequence[Sequence[int]], keep: Callable[[Value], bool], fleeting: Mapping[int, int]
 ) -> list[Piece]:
     """Cut a function into pieces, one for each entry of `wanted`, in the order in which they will run.
 
@@ -114,9 +114,9 @@ def cut(
         traced: the function.
         wanted: which of its flat results each piece finds, by number.
         keep: whether the result of an operation may be kept for later pieces, which else compute it again.
-        fleeting: arguments, by number, that will have changed when a later piece runs: the first keeps them.
+        fleeting: arguments, by number, that change once a piece has run, and which piece: it keeps them for later ones.
     """
-    home = dict.fromkeys(fleeting, 0)  # in which piece a value is first there, of those that can be kept
+    home = dict(fleeting)  # in which piece a value is first there, of those that can be kept
     keeps: list[dict[int, None]] = [{} for _ in wanted]
     work = []
     for number, results in enumerate(wanted):

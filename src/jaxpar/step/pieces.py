@@ -213,7 +213,9 @@ def cutting(
         return bool(kept and value.depends & after) and name not in VIEWS and not (regather and name in GATHERS)
 
     made = [jax.tree.flatten(one) for one in wanted.values()]
-    pieces = cut(traced, [flat for flat, _ in made], keep, fleeting=jax.tree.leaves(numbers.forward))
+    fleeting = dict.fromkeys(jax.tree.leaves(numbers.forward), 0)
+    fleeting |= dict.fromkeys(jax.tree.leaves(numbers.backward), list(wanted).index("B"))
+    pieces = cut(traced, [flat for flat, _ in made], keep, fleeting)
 
     def work(kind, piece, structure):
         def run(given, kept, between):
@@ -243,9 +245,12 @@ def _wanted(role: Role, results: Made, *, residual: bool, split: bool) -> dict[s
     def own(chosen):
         return {name: results.own[name] for name in names if name in chosen}
 
+    early = residual or not role.last
+    if early and jax.tree.leaves([results.backward[name] for name in tail]):
+        tail = []  # state of the backward pass waits for B, since F may run before the B of an earlier microbatch
     ends = Made(loss=results.loss, forward=results.forward, own=own(tail))
     ahead = ends if role.last else Made(y=results.y, forward=results.forward, own={})
-    first = {"F": ahead} if residual or not role.last else {}
+    first = {"F": ahead} if early else {}
     after = Made(x=results.x, backward=results.backward)
     rest = [name for name in names if name not in tail and name not in lead]
     if role.last and not first:
