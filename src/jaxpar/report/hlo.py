@@ -19,7 +19,7 @@ KINDS = {
     "all-to-all": "all_to_all",
     "collective-broadcast": "broadcast",
 }
-_CALLS = {
+CALLS = {
     "fusion": ("calls",),
     "call": ("to_apply",),
     "async": ("calls",),
@@ -32,8 +32,8 @@ _CUSTOM = re.compile(
     r"(nccl|nvshmem|collective|all_?reduce|all_?gather|all_?to_?all|reduce_?scatter)",
     re.IGNORECASE,
 )
-_CHAINED = "async_collective_fusion_config"
-_CHAIN_ENDS = 'custom_call_target="AsyncCollective'
+CHAINED = "async_collective_fusion_config"
+CHAIN_ENDS = 'custom_call_target="AsyncCollective'
 
 
 class Traffic(NamedTuple):
@@ -99,7 +99,7 @@ def count(text: str, axes: dict[str, int], shares: Shares | None = None) -> Traf
 
 def _traffic(program: Program, how: How, computation: str, arguments: tuple) -> Traffic:
     """Traffic of one execution of `computation`, given what is known of its parameters."""
-    follows, known = not _starts_chain(program, computation), values(program, computation, arguments)
+    follows, known = not starts_chain(program, computation), values(program, computation, arguments)
     parts = []
     for each in program.computations[computation].values():
         op = each.op.removesuffix("-start")
@@ -108,28 +108,29 @@ def _traffic(program: Program, how: How, computation: str, arguments: tuple) -> 
             parts.append((1, _loop(program, how, each, *trips(program, each, operands[0]))))
         elif op == "conditional":
             parts.append((1, _branches(program, how, each, operands[1:])))
-        elif op in _CALLS:
-            parts += [(1, _traffic(program, how, callee, operands)) for callee in called(each, *_CALLS[op])]
-        elif _is_collective(each) and not (follows and _CHAINED in each.attributes):
-            parts.append((1, _message(program, how, computation, each)))
+        elif op in CALLS:
+            parts += [(1, _traffic(program, how, callee, operands)) for callee in called(each, *CALLS[op])]
+        elif is_collective(each) and not (follows and CHAINED in each.attributes):
+            parts.append((1, message(program, how, computation, each)))
     return _total(parts)
 
 
-def _starts_chain(program: Program, computation: str) -> bool:
+def starts_chain(program: Program, computation: str) -> bool:
     """A TPU chain prints one collective in each fusion that carries a piece of it; the first has this custom call."""
-    return any(f"{_CHAIN_ENDS}Start" in each.attributes for each in program.computations[computation].values())
+    return any(f"{CHAIN_ENDS}Start" in each.attributes for each in program.computations[computation].values())
 
 
-def _is_collective(instruction: Instruction) -> bool:
+def is_collective(instruction: Instruction) -> bool:
+    """Whether this instruction begins to send something to other devices."""
     if instruction.op == "custom-call":
-        return _CHAIN_ENDS not in instruction.attributes and bool(_CUSTOM.search(instruction.attributes))
+        return CHAIN_ENDS not in instruction.attributes and bool(_CUSTOM.search(instruction.attributes))
     if instruction.op == "send":  # to the host, unless this is how slices of TPUs reach each other
         return "is_host_transfer=true" not in instruction.attributes or "megascale" in instruction.attributes
     return not instruction.op.endswith(("-done", "-update")) and bool(_COLLECTIVE.search(instruction.op))
 
 
 def _loop(program: Program, how: How, loop: Instruction, times: int | None, state: dict) -> Traffic:
-    check, trip = (_traffic(program, how, callee, (state,)) for callee in called(loop, *_CALLS["while"]))
+    check, trip = (_traffic(program, how, callee, (state,)) for callee in called(loop, *CALLS["while"]))
     if times is not None:
         return _total([(times, trip), (times + 1, check)])
     once = _total([(1, trip), (1, check)])
@@ -139,7 +140,7 @@ def _loop(program: Program, how: How, loop: Instruction, times: int | None, stat
 
 
 def _branches(program: Program, how: How, instruction: Instruction, operands: tuple) -> Traffic:
-    callees = called(instruction, *_CALLS["conditional"])
+    callees = called(instruction, *CALLS["conditional"])
     branches = [_traffic(program, how, callee, (value,)) for callee, value in zip(callees, operands, strict=True)]
     unknown = tuple(doubt for branch in branches for doubt in branch.unknown)
     source = re.search(r'op_name="([^"]*)"', instruction.attributes)
@@ -149,7 +150,7 @@ def _branches(program: Program, how: How, instruction: Instruction, operands: tu
     return max(branches, key=lambda branch: sum(branch.sent.values()))._replace(unknown=unknown)
 
 
-def _message(program: Program, how: How, computation: str, instruction: Instruction) -> Traffic:
+def message(program: Program, how: How, computation: str, instruction: Instruction) -> Traffic:
     """Traffic of one collective operation."""
     kind = KINDS.get(instruction.op.removesuffix("-start"))
     if kind == "all_reduce" and computation.startswith("all-reduce-scatter"):
@@ -201,13 +202,13 @@ def _overlooked(program: Program) -> list[str]:
         if name not in reached:
             reached.add(name)
             for each in program.computations[name].values():
-                waiting += called(each, *_CALLS.get(each.op.removesuffix("-start"), ()))
+                waiting += called(each, *CALLS.get(each.op.removesuffix("-start"), ()))
     found, channels = [], {True: set(), False: set()}
     for name, held in program.computations.items():
-        if name not in reached and any(map(_is_collective, held.values())):
+        if name not in reached and any(map(is_collective, held.values())):
             found.append(f"computation {name}: it has collectives, and how often it runs is not clear; not counted.")
-        pieces = [each.attributes for each in held.values() if _CHAINED in each.attributes]
-        channels[_starts_chain(program, name)].update(re.search(r"channel_id=\d+|$", piece)[0] for piece in pieces)
+        pieces = [each.attributes for each in held.values() if CHAINED in each.attributes]
+        channels[starts_chain(program, name)].update(re.search(r"channel_id=\d+|$", piece)[0] for piece in pieces)
     lost = sorted(channels[False] - channels[True])
     return found + [
         f"collective with {channel}: no fusion begins this chain of fusions; not counted." for channel in lost
