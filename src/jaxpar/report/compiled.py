@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 
 from jaxpar.core.refuse import Problem, Refused
+from jaxpar.plan import mesh as meshes
 from jaxpar.report import estimate, flops, hlo, hlo_flops, topology
 from jaxpar.report.estimate import Played, Rates, Reader
 from jaxpar.report.hlo import How
@@ -21,7 +22,7 @@ from jaxpar.step.program import Program, program
 HOP = 1e-6  # seconds until the next chip has a first byte; assumed
 FLOPS_RATIO = (1, 2)  # executed to model flops; full rematerialization makes 4/3
 KEPT = 0.999  # share of the state that must be donated
-COMPILERS = {"tpu": "libtpu", "cuda": "jax-cuda12-plugin", "cpu": "jaxlib"}
+COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-plugin", "jax-cuda13-plugin"), "cpu": ("jaxlib",)}
 
 
 class Compiled(NamedTuple):
@@ -43,6 +44,7 @@ class Compiled(NamedTuple):
         state: bytes of the state from shapes alone, all of which should be `aliased`.
         started: bytes that are sent while the device may go on.
         beside: bytes sent while it does: with products or cycles between start and end.
+        sending: seconds that links are busy, one collective after the other; None if nobody says how fast they are.
         provisional: whether `beside` is of a schedule that no cost model made, as on a GPU that is not there.
         played: the estimate, in seconds by cause; None where the program states no cycles.
         mfu: estimated, in dense bfloat16 flops of the chip; attention is not discounted for causality.
@@ -67,6 +69,7 @@ class Compiled(NamedTuple):
     state: int
     started: float
     beside: float
+    sending: float | None
     provisional: bool
     played: Played | None
     mfu: float | None
@@ -100,6 +103,9 @@ def compile_for(parts: Parts, where: Topology) -> Compiled:
     if math.prod(axes.values()) != where.count:
         rule = f"has {where.count} devices, and the plan takes {math.prod(axes.values())}."
         raise Refused([Problem("topology", where.word, rule, "a topology and a plan for as many devices")])
+    if where.platform == "tpu" and where.slices > 1 and not meshes.across_slices(axes, where.slices):
+        rule = f"has {where.slices} slices, and no mesh axis of {dict(axes)} divides by that."
+        raise Refused([Problem("topology", where.word, rule, f"data={where.slices}, or a multiple")])
     made = program(parts, topology.devices(where))
     lowered, began = made.step.lower(made.shapes, made.batch), time.perf_counter()
     try:
@@ -128,7 +134,7 @@ def read(
     text, stats = step.as_text(), step.memory_analysis()
     axes = parts.settings.placement.scheme.axes or {"data": 1}
     traffic, played = play(parts, text, where)
-    timed = played.compute > 0 and where is not None
+    timed = played.compute > 0
     count, peak = math.prod(axes.values()), where and where.chip.flops["bf16"] / where.chip.cores
     found = Compiled(
         target=where.word if where else "cpu",
@@ -149,6 +155,7 @@ def read(
         state=sum(_size(leaf) for leaf in jax.tree.leaves(made.shapes)),
         started=played.started,
         beside=played.beside,
+        sending=played.sending if where else None,
         provisional=not timed,
         played=played if timed else None,
         mfu=flops.of_model(parts) / count / played.seconds / peak if timed else None,
@@ -160,15 +167,17 @@ def read(
 def play(parts: Parts, text: str, where: Topology | None) -> tuple[hlo.Traffic, Played]:
     """What is sent, and the step played; of a pipeline by the device that sends most, and by the one that does most."""
     pipeline, axes = parts.pipeline, parts.settings.placement.scheme.axes or {"data": 1}
-    inner = _within_slice(axes, where)
-    parsed = parse(text)
-    inside, rates = hlo_flops.inside(parsed), rates_of(axes, where) if where and where.chip.clock else None
+    slices = where.slices if where and where.platform == "tpu" else 1
+    across = meshes.across_slices(axes, slices)
+    inner = axes | ({across: axes[across] // slices} if across else {})  # the text is that of one slice
+    parsed, rates = parse(text), rates_of(axes, where) if where else None
+    inside = hlo_flops.inside(parsed)
     cut = pipeline.table, pipeline.division.stages, pipeline.storage
     together, traffic, played = rehearsal.branches(*cut), [], []
     for device in range(pipeline.table.devices):
         own = rehearsal.shares(*cut, device)
-        traffic.append(hlo.count(text, inner, own))
-        played.append(estimate.play(Reader(parsed, How(inner, own), rates, inside, together), parsed.entry))
+        traffic.append(hlo.count(text, inner, own, slices))
+        played.append(estimate.play(Reader(parsed, How(inner, own, slices), rates, inside, together), parsed.entry))
     most = max(played, key=lambda one: (one.seconds, one.flops))
     return max(traffic, key=lambda one: sum(one.sent.values())), most._replace(flops=max(one.flops for one in played))
 
@@ -185,7 +194,7 @@ def rates_of(axes: dict[str, int], where: Topology) -> Rates:
 
     def torus(label: str, kind: str) -> float:
         closed = all(dim % chip.ring == 0 for dim in where.shape)
-        return chip.network if label == "slices" else chip.link * (2 if closed and kind != "permute" else 1)
+        return chip.network if label == hlo.SLICES else chip.link * (2 if closed and kind != "permute" else 1)
 
     def switch(label: str, kind: str) -> float:
         size = where.shape[-1]
@@ -195,7 +204,7 @@ def rates_of(axes: dict[str, int], where: Topology) -> Rates:
         members = math.prod(min(count, max(1, size // stride)) for stride, count in digits)
         return chip.network * (1 if kind == "permute" else members)
 
-    return Rates(chip.clock, chip.memory_rate, torus if chip.torus else switch, HOP)
+    return Rates(chip.clock or math.inf, chip.memory_rate, torus if chip.torus else switch, HOP)
 
 
 def doubts(found: Compiled) -> list[str]:
@@ -212,14 +221,10 @@ def doubts(found: Compiled) -> list[str]:
     return said
 
 
-def _within_slice(axes: dict[str, int], where: Topology | None) -> dict[str, int]:
-    """The mesh that a program's text is of: for several slices of TPUs that of one slice."""
-    return axes
-
-
 def _compiler(where: Topology | None) -> str:
-    name = COMPILERS[where.platform if where else "cpu"]
-    return f"{name} {importlib.metadata.version(name)}"
+    known = {one.metadata["Name"]: one.version for one in importlib.metadata.distributions()}
+    names = COMPILERS[where.platform if where else "cpu"]
+    return next((f"{name} {known[name]}" for name in names if name in known), names[0])
 
 
 def _size(leaf: jax.ShapeDtypeStruct) -> int:

@@ -15,7 +15,7 @@ from jaxpar.report.hlo_text import Instruction, Program, arrays, called, trips, 
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _DIMS = re.compile(r"active_dims:([01]+)")
-_THROUGH = ("get-tuple-element", "bitcast", "copy", "tuple", "async-update", "recv", "opt-barrier")
+_THROUGH = ("get-tuple-element", "bitcast", "copy", "tuple", "async-update", "opt-barrier")
 _PREFETCH = ("copy-start", "slice-start")
 
 
@@ -113,7 +113,7 @@ def play(reader: Reader, computation: str, arguments: tuple = ()) -> Played:
             part = _within(reader, each, operands)
         elif message:
             part = _begin(reader, each, message, total, links)
-            begun[each.name] = _Begun(links[_link(each, message)], part.sent, _done(total))
+            begun[_ticket(each)] = _Begun(links[_link(each, message)], part.sent, _done(total))
         elif each.op in _PREFETCH:
             part = _prefetch(reader, each, total, links)
             begun[each.name] = _Begun(links["memory"], 0.0, _done(total))
@@ -208,7 +208,7 @@ def _seconds(reader: Reader, each: Instruction, message: hlo.Traffic) -> float:
     for (axes, kind), sent in message.sent.items():
         group = 1
         for axis in axes.split("+"):
-            group *= reader.how.axes.get(axis, 1)
+            group *= reader.how.slices if axis == hlo.SLICES else reader.how.axes.get(axis, 1)
         hops = 1 if kind == "permute" else max(1, group - 1)
         seconds += sent / (reader.rates.link(axes, kind) * dims) + reader.rates.hop * hops
     return seconds
@@ -226,7 +226,13 @@ def _ends(program: Program, each: Instruction) -> bool:
     if each.op == "fusion":
         held = program.computations[called(each, "calls")[0]].values()
         return any(f"{hlo.CHAIN_ENDS}Done" in inner.attributes for inner in held)
-    return each.op.endswith("-done")
+    return each.op.endswith("-done") and each.op != "send-done"  # what was sent may still be under way
+
+
+def _ticket(each: Instruction) -> str:
+    """By what the end of a transfer knows its beginning: its name, or what a send and its receive have in common."""
+    shared = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', each.attributes)
+    return shared[1] if shared else each.name
 
 
 def _wait(program: Program, computation: str, each: Instruction, total: Played, begun: dict) -> Played:
@@ -234,13 +240,14 @@ def _wait(program: Program, computation: str, each: Instruction, total: Played, 
     held, waiting, seen = program.computations[computation], list(each.operands), set()
     while waiting:
         name = waiting.pop(0)
-        if name in begun:
-            transfer = begun.pop(name)
+        source = held.get(name)
+        ticket = _ticket(source) if source else name
+        if ticket in begun:
+            transfer = begun.pop(ticket)
             late = max(0.0, transfer.end - total.seconds)
             beside = transfer.sent if _done(total) > transfer.before else 0.0
             kind = "fetching" if each.op in ("copy-done", "slice-done") else "exposed"
             return Played(seconds=late, beside=beside)._replace(**{kind: late})
-        source = held.get(name)
         if name not in seen and source and (source.op in _THROUGH or _carries(program, source)):
             waiting += source.operands
         seen.add(name)

@@ -27,6 +27,15 @@ CALLS = {
     "conditional": ("true_computation", "false_computation", "branch_computations"),
 }
 _COLLECTIVE = re.compile(r"\b(all-|collective-|reduce-scatter|cross-|send$)")
+SLICES = "slices"  # stands for a mesh axis in what slices of TPUs send to each other
+BETWEEN = {
+    "ALL_REDUCE": "all_reduce",
+    "ALL_GATHER": "all_gather",
+    "REDUCE_SCATTER": "reduce_scatter",
+    "ALL_TO_ALL": "all_to_all",
+    "ONE_TO_ONE": "permute",
+    "COLLECTIVE_PERMUTE": "permute",
+}
 _CUSTOM = re.compile(
     r'"has_communication":true|custom_call_target="[^"]*'
     r"(nccl|nvshmem|collective|all_?reduce|all_?gather|all_?to_?all|reduce_?scatter)",
@@ -60,9 +69,10 @@ class How(NamedTuple):
 
     axes: dict[str, int]
     shares: Shares
+    slices: int = 1
 
 
-def count(text: str, axes: dict[str, int], shares: Shares | None = None) -> Traffic:
+def count(text: str, axes: dict[str, int], shares: Shares | None = None, slices: int = 1) -> Traffic:
     """Count the bytes that each device sends in one execution of a compiled program.
 
     Bytes are those of ring algorithms (`jaxpar.core.cost.wire_bytes`), of the operands; a broadcast sends its operand
@@ -76,9 +86,10 @@ def count(text: str, axes: dict[str, int], shares: Shares | None = None) -> Traf
     Args:
         text: what `compiled.as_text()` returns.
         axes: size of each mesh axis by name, major first, in the order in which the program numbers its devices. For
-            several slices of TPUs the text is that of one slice: pass the axes within it; `unknown` names the rest.
+            several slices of TPUs the text is that of one slice: pass the axes within it.
         shares: `shares(name, branches)`: of the conditional whose operation is called so in the source, how often each
             branch is taken, as a share of all; None where it does not know.
+        slices: how many slices of TPUs run the program; what they tell each other is listed under `SLICES`.
 
     Returns:
         The traffic. Look at `Traffic.unknown` before trusting a sum.
@@ -93,7 +104,7 @@ def count(text: str, axes: dict[str, int], shares: Shares | None = None) -> Traf
             f"the program is for {devices} devices, the mesh {axes} has {prod(axes.values())}; pass the axes of the "
             "mesh that it was compiled for: count(text, dict(mesh.shape))."
         )
-    found = _traffic(program, How(axes, shares or (lambda name, branches: None)), program.entry, ())
+    found = _traffic(program, How(axes, shares or (lambda name, branches: None), slices), program.entry, ())
     return found._replace(unknown=tuple(dict.fromkeys([*found.unknown, *_overlooked(program)])))
 
 
@@ -152,6 +163,8 @@ def _branches(program: Program, how: How, instruction: Instruction, operands: tu
 
 def message(program: Program, how: How, computation: str, instruction: Instruction) -> Traffic:
     """Traffic of one collective operation."""
+    if instruction.op == "send" and "megascale" in instruction.attributes:
+        return _to_slices(program, how, computation, instruction)
     kind = KINDS.get(instruction.op.removesuffix("-start"))
     if kind == "all_reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce_scatter"  # a TPU fusion of this name keeps only its own part of the sum
@@ -172,6 +185,16 @@ def message(program: Program, how: How, computation: str, instruction: Instructi
     found = Traffic({(named, kind): sent}, {(named, kind): 1}, ())
     doubt = _unknown(instruction, f"its groups of devices, such as {groups[0]}, lie along no axes of {how.axes}")
     return _total([(1, found), (1, doubt)]) if named == "?" else found
+
+
+def _to_slices(program: Program, how: How, computation: str, instruction: Instruction) -> Traffic:
+    """What a slice of TPUs hands to its host, for the same device of the other slices; as large as the text pads it."""
+    size, problem = _payload(program, computation, instruction)
+    type_ = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    kind = BETWEEN.get(type_[1] if type_ else "")
+    if kind is None or problem or how.slices < 2:
+        return _unknown(instruction, f"what goes to other slices cannot be counted; its operands are {size} bytes")
+    return Traffic({(SLICES, kind): wire_bytes(kind, size, how.slices)}, {(SLICES, kind): 1}, ())
 
 
 def _unknown(instruction: Instruction, why: str) -> Traffic:

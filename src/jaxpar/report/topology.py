@@ -118,7 +118,10 @@ def devices(topology: Topology) -> list[jax.Device]:
     try:
         with _quiet():
             return topologies.get_topology_desc(**_asked(topology)).devices
-    except (RuntimeError, NotImplementedError) as error:  # those of jax are RuntimeErrors
+    except NotImplementedError as error:  # of RuntimeErrors: jax has looked for a GPU here, and given the plugin up
+        rule = f"jax has set the compiler for {topology.chip.name} aside."
+        raise _refused(topology.word, rule, "the same with JAX_PLATFORMS=cpu in the environment") from error
+    except RuntimeError as error:
         raise _refused(topology.word, f"the compiler says: {str(error).splitlines()[0]}", "another shape") from error
 
 
