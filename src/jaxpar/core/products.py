@@ -13,13 +13,13 @@ def flops(jaxpr, shares: Shares | None = None) -> float:
         jaxpr: traced; inside `jax.shard_map`, its products are those of one device.
         shares: how often each branch of a switch is taken, as of `walk.visits`; by default the costliest counts.
     """
-    return float(sum(visit.times * _flops(visit.equation) for visit in visits(jaxpr, _flops, shares)))
+    return float(sum(visit.times * of(visit.equation) for visit in visits(jaxpr, of, shares)))
 
 
 def each(jaxpr, shares: Shares | None = None) -> Counter[tuple[tuple[int, ...], tuple[int, ...]]]:
     """How often each product runs, by `sizes` of it; arguments as of `flops`."""
     found: Counter = Counter()
-    for equation, times in visits(jaxpr, _flops, shares):
+    for equation, times in visits(jaxpr, of, shares):
         if shape := sizes(equation):
             found[shape] += times
     return found
@@ -38,6 +38,7 @@ def sizes(equation) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     return None
 
 
-def _flops(equation) -> float:
+def of(equation) -> float:
+    """Flops of one run of an operation; 0 if it is no product."""
     found = sizes(equation)
     return 2.0 * math.prod(found[0]) * math.prod(found[1]) if found else 0.0

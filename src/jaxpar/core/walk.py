@@ -52,7 +52,7 @@ def visits(
     for equation in jaxpr.eqns:
         same = bool(fixed) and equation.primitive.name not in STAY and all(map(_is_in(fixed), equation.invars))
         fixed.update(equation.outvars if same else ())
-        inner = [getattr(value, "jaxpr", value) for value in _jaxprs(equation)]
+        inner = [getattr(value, "jaxpr", value) for value in jaxprs(equation)]
         if not inner:
             yield Visit(equation, times / (loop.trips if same else 1))
         elif equation.primitive.name == "cond":
@@ -87,7 +87,8 @@ def _is_in(fixed: set) -> Callable[[object], bool]:
     return lambda value: hasattr(value, "val") or value in fixed  # a literal, or a variable
 
 
-def _jaxprs(equation) -> list:
+def jaxprs(equation) -> list:
+    """The jaxprs that an operation holds."""
     return [one for one in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(one)]
 
 
