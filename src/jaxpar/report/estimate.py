@@ -193,9 +193,7 @@ def _awaited(reader: Reader, computation: str, each: Instruction) -> list[Played
         if hlo.is_collective(one) and hlo.CHAINED not in one.attributes:
             message = hlo.message(program, reader.how, name, one)
             seconds, sent = _seconds(reader, one, message), sum(message.sent.values())
-            found.append(
-                Played(seconds=seconds, sending=seconds, exposed=seconds, sent=sent, unknown=message.unknown)
-            )
+            found.append(Played(seconds=seconds, sending=seconds, exposed=seconds, sent=sent, unknown=message.unknown))
     return found
 
 
