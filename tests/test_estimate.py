@@ -1,4 +1,4 @@
-"""A compiled program's flops against theory, and its schedule played by hand: seconds, overlap and what is waited for."""
+"""A compiled program's flops against theory, and its schedule against seconds, overlap and waiting known by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from test_hlo import AXES, BYTES, CHAIN, EVERYONE, LOOPS, X, compiled, loop_of, loops_of, text_of
+from test_hlo import AXES, BYTES, CHAIN, EVERYONE, LOOPS, X, again, compiled, loop_of, loops_of, text_of
 
 from jaxpar.report import estimate, hlo_flops
 from jaxpar.report.estimate import Played, Rates, Reader
@@ -57,7 +57,11 @@ def convolved(stride, padding, x=IMAGES, w=KERNEL, **settings):
     [
         (lambda x, w: x @ w, (X, W), 2 * 16 * 32 * 48),
         (lambda x, w: jnp.einsum("bik,bkj->bij", x, w), (jnp.ones((5, 4, 6)), jnp.ones((5, 6, 7))), 2 * 5 * 4 * 6 * 7),
-        (lambda x, w: lax.scan(lambda c, _: (jnp.sin(c @ w), None), x, length=7)[0], (X, W[:, :32]), 7 * 2 * 16 * 32**2),
+        (
+            lambda x, w: lax.scan(lambda c, _: (jnp.sin(c @ w), None), x, length=7)[0],
+            (X, W[:, :32]),
+            7 * 2 * 16 * 32**2,
+        ),
         (
             lambda x, w: lax.fori_loop(3, 11, lambda _, c: lax.fori_loop(0, 4, lambda _, c: jnp.sin(c @ w), c), x),
             (X, W[:, :32]),
@@ -87,8 +91,7 @@ def test_executed_flops_are_those_of_theory(function, inputs, flops):
 
 @pytest.mark.parametrize("stated", [True, False], ids=["trips_stated", "trips_derived"])
 def test_flops_of_a_loop_count_every_trip(stated):
-    body = lambda x: lax.scan(lambda c, _: (jnp.sin(c @ c.T @ c), None), x, length=5)[0]  # noqa: E731
-    text = compiled(lambda x: lax.psum(body(x), "b"), AXES, X)
+    text = compiled(lambda x: lax.psum(again(5, lambda c: jnp.sin(c @ c.T @ c), x), "b"), AXES, X)
     text = text if stated else text.replace("known_trip_count", "not_said")
     assert flops_of(text) == 5 * 2 * 2 * 16 * 16 * 32
 
@@ -198,12 +201,12 @@ def test_without_cycles_flops_tell_what_lies_between():
 
 
 def test_a_loop_takes_as_long_as_its_trips():
-    inside = "%s = f32[16,32]{1,0} fusion(%y), calls=%work, backend_config={\"estimated_cycles\":\"100\"}"
+    inside = '%s = f32[16,32]{1,0} fusion(%y), calls=%work, backend_config={"estimated_cycles":"100"}'
     assert played(loops_of(3, 11, WORK + loop_of("w", inside=inside))).compute == pytest.approx(0.8)
 
 
 def test_a_loop_of_unknown_length_is_told():
-    inside = "%s = f32[16,32]{1,0} fusion(%y), calls=%work, backend_config={\"estimated_cycles\":\"100\"}"
+    inside = '%s = f32[16,32]{1,0} fusion(%y), calls=%work, backend_config={"estimated_cycles":"100"}'
     found = played(loops_of(3, 11, WORK + loop_of("w", inside=inside, move="multiply(%i, %two)")))
     assert found.compute == pytest.approx(0.1) and len(found.unknown) == 1 and "one trip is played" in found.unknown[0]
 
@@ -271,7 +274,9 @@ def test_slices_send_through_their_hosts(type_, kind, seconds):
     traffic, found = count(text, AXES, slices=4), played(text, slices=4)
     assert traffic.sent == ({("slices", kind): seconds * BYTES} if kind else {})
     assert bool(traffic.unknown) == (kind is None) == bool(found.unknown)
-    assert found.exposed == pytest.approx(max(0, seconds - 0.5)) and found.beside == traffic.sent.get(("slices", kind), 0)
+    assert found.exposed == pytest.approx(max(0, seconds - 0.5)) and found.beside == traffic.sent.get(
+        ("slices", kind), 0
+    )
 
 
 def test_products_whose_size_is_unknown_are_told():

@@ -1,6 +1,7 @@
 """A pipeline changes no number: gradients of every schedule equal those of one device, whatever else the plan says."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -11,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import assert_equal
 
+from experiments import lm
 from jaxpar.core import family
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Refused
 from jaxpar.plan.wire import cost_of
 from jaxpar.report import account, bill
 from jaxpar.step import executor, stages
+from jaxpar.train.fit import fit
+from jaxpar.train.progress import quiet
 
 SCHEDULES = [name for name in family.names("schedules") if name != "from_table"]
 CHUNKS = {"interleaved": 2, "zero_bubble_v": 2}
@@ -207,3 +211,14 @@ def test_state_goes_through_microbatches_in_order(tmp_path):
     with pytest.raises(Refused, match=r"plan.schedule = .*out of order, and the model convnet has state"):
         built(recipe_of(SMALL["convnet"], plan))
     check(SMALL["mlp"], plan)
+
+
+@pytest.mark.slow
+def test_the_curve_of_real_text_is_that_of_one_device():
+    """The first 50 of the 600 steps of `experiments.lm`: all in its warm-up, a tenth of them."""
+    rate = lm.BASE.learning_rate * 50 / (lm.BASE.steps // 10)
+    recipe = replace(lm.BASE, steps=50, warmup=50, learning_rate=rate, evaluate_batches=1)
+    plans = Plan(), Plan.parse("pipe=4,schedule=one_f_one_b,microbatches=16")
+    want, got = (fit(replace(recipe, plan=plan), report=quiet()).losses for plan in plans)
+    assert len(want) == 50 and want[-1] < 0.6 * want[0]
+    np.testing.assert_allclose(got, want, rtol=1e-5)

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 from chaos import chaos
-from test_resume import assert_same_bits
+from test_resume import PIPED, assert_same_bits
 from tiny import TINY
 
 from jaxpar.core.recipe import Recipe
@@ -215,3 +215,21 @@ def test_ten_kills_at_any_moment_lose_nothing(tmp_path):
     outcome = chaos(10, seed=1, folder=tmp_path)
     assert outcome.kills == 10 and not outcome.wrong, outcome
     assert outcome.resumed[-1] == 300 > outcome.resumed[-2] > 0
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_was_killed_resumes_bitwise(tmp_path):
+    recipe, checkpoints = replace(PIPED, steps=300, checkpoint_every=30), tmp_path / "run" / "checkpoints"
+    whole = fit(recipe, report=quiet())
+    for first in (30, 120):
+        running = child(recipe, tmp_path)
+        while running.poll() is None and max(checkpoint.steps(checkpoints), default=0) < first:
+            time.sleep(0.01)
+        running.kill()
+        assert running.communicate() and running.returncode == -signal.SIGKILL
+        assert first <= max(checkpoint.steps(checkpoints)) < recipe.steps
+    told = []
+    resumed = fit(recipe, name="run", runs_dir=str(tmp_path), report=quiet()._replace(note=told.append))
+    assert any("resuming" in note for note in told)
+    assert_same_bits(resumed.state, whole.state)
+    assert resumed.losses == whole.losses and resumed.held_out == whole.held_out

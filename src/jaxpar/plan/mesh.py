@@ -84,7 +84,7 @@ def mesh_of(axes: Mapping[str, int], given: Sequence[jax.Device] | None = None) 
 
 
 def in_order(axes: Mapping[str, int], held: Sequence[jax.Device]) -> np.ndarray:
-    """Devices by place in the mesh: TPUs so that neighbours along an axis are neighbours in the torus, if that is known.
+    """Devices by place in the mesh: of TPUs, neighbours along an axis are neighbours in the torus, if that is known.
 
     Slices, which only reach each other over the network of the data centre, are told apart along one axis alone:
     `data` if their number divides it, else `pipe`, else the first axis that it does divide.

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import math
-import re
 import time
 from typing import NamedTuple
 
@@ -113,7 +112,7 @@ def compile_for(parts: Parts, where: Topology) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = re.search(r"Used .*?capacity by [\w.]+|[^\n]*", str(error))[0]
+        said = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
         legal = "a smaller batch or model.context; more microbatches; or a scheme that splits more"
         raise Refused([Problem("topology", where.word, f"the step does not fit: {said}.", legal)]) from error
     return read(parts, made, step, time.perf_counter() - began, where)
