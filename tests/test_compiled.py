@@ -121,9 +121,7 @@ def test_a_step_that_does_not_fit_a_tpu_is_refused():
     model = Model("gpt", layers=2, width=8192, heads=64, hidden=65536, context=128)
     recipe = Recipe(model=model, plan=Plan.parse("data=8,precision=bf16"), batch=16, steps=50)
     tokens = jax.ShapeDtypeStruct((16, 128), jnp.int32)
-    with pytest.raises(
-        Refused, match=r"v5e:2x4: the step does not fit: Ran out of memory on HBM.*[^.]\. Legal: a "
-    ):
+    with pytest.raises(Refused, match=r"v5e:2x4: the step does not fit: Ran out of memory on HBM.*[^.]\. Legal: a "):
         compiled.compile_for(assemble(recipe, tokens, tokens, 512), topology.parse("v5e:2x4"))
 
 

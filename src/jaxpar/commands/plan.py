@@ -39,6 +39,7 @@ class Shown:
         explain: also the formula that gave each predicted figure.
         timetable: also the pipeline's timetable, a row per device; backward takes twice as long as forward.
         picture: write it as PNG, with what devices hold meanwhile.
+        roofline: write the ceilings of arithmetic, memory and communication on the topology, and the plan, as PNG.
         layout: also which device holds what.
         layout_picture: write that as PNG.
         json: print one JSON object instead.
@@ -49,6 +50,7 @@ class Shown:
     explain: Annotated[bool, arg(prefix_name=False)] = False
     timetable: Annotated[bool, arg(prefix_name=False)] = False
     picture: Annotated[str | None, arg(prefix_name=False, metavar="FILE.png")] = None
+    roofline: Annotated[str | None, arg(prefix_name=False, metavar="FILE.png")] = None
     layout: Annotated[bool, arg(prefix_name=False)] = False
     layout_picture: Annotated[str | None, arg(prefix_name=False, metavar="FILE.png")] = None
     json: Annotated[bool, arg(prefix_name=False)] = False
@@ -93,7 +95,7 @@ def plan(argv: Sequence[str]) -> None:
     parts, _ = prepare(asked.recipe, asked.run.data_dir)
     trace = traced(parts) if parts.partition == "manual" else None
     found = forecast.forecast(plan, parts, where, trace)
-    more = _more(plan, parts, trace, shown)
+    more = _ceilings(found, parts, where, trace, shown) | _more(plan, parts, trace, shown)
     say("\n\n".join([forecast.text(found), *map(str, more.values())]))
     if compile_it:
         say(f"\ncompiling for {where.word if where else str(found['devices']) + ' simulated devices'} ...\n")
@@ -128,6 +130,23 @@ def _compiled(parts, where):
     began = time.perf_counter()
     step = made.step.lower(made.shapes, made.batch).compile()
     return compiled.read(parts, made, step, time.perf_counter() - began)
+
+
+def _ceilings(found: dict, parts, where, trace, shown: Shown) -> dict:
+    """What bounds the step on the topology, if there is one."""
+    from jaxpar.report import roofline
+
+    if where is None or trace is None:
+        if shown.roofline:
+            rule = "needs devices of a known kind, and a plan that is not partition=auto."
+            raise Refused([Problem("roofline", shown.roofline, rule, "--topology v5e:2x4")])
+        return {}
+    roof = roofline.roof(found, parts, where, trace)
+    made = {"ceilings": roofline.as_json(roof) if shown.json else roofline.text(roof)}
+    if shown.roofline:
+        drawn = functools.partial(roofline.picture, roofs=[roof])
+        made["roofline"] = _drawn("roofline", shown.roofline, drawn)
+    return made
 
 
 def _more(plan, parts, trace, shown: Shown) -> dict:

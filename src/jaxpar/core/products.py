@@ -16,6 +16,14 @@ def flops(jaxpr, shares: Shares | None = None) -> float:
     return float(sum(visit.times * of(visit.equation) for visit in visits(jaxpr, of, shares)))
 
 
+def traffic(jaxpr, shares: Shares | None = None) -> float:
+    """Bytes that all products read and write if each operand and result goes through memory once; as of `flops`.
+
+    What lies between them is taken to be fused into them, and nothing to stay in a cache.
+    """
+    return float(sum(visit.times * _moved(visit.equation) for visit in visits(jaxpr, _moved, shares)))
+
+
 def each(jaxpr, shares: Shares | None = None) -> Counter[tuple[tuple[int, ...], tuple[int, ...]]]:
     """How often each product runs, by `sizes` of it; arguments as of `flops`."""
     found: Counter = Counter()
@@ -42,3 +50,8 @@ def of(equation) -> float:
     """Flops of one run of an operation; 0 if it is no product."""
     found = sizes(equation)
     return 2.0 * math.prod(found[0]) * math.prod(found[1]) if found else 0.0
+
+
+def _moved(equation) -> float:
+    around = (*equation.invars, *equation.outvars) if sizes(equation) else ()
+    return float(sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in around))
