@@ -569,6 +569,16 @@ def test_runs_are_compared(runs, capsys, monkeypatch):
     assert "all fields of their recipes are equal" in said and (runs / "new" / "a.png").is_file()
 
 
+def test_who_was_first_at_a_loss(runs, capsys):
+    said = told(["runs", "text", "--runs-dir", str(runs), "--loss", "9"], capsys)
+    assert (
+        "seconds to it" in said
+        and f"picture: {runs / 'efficiency.png'}" in said
+        and (runs / "efficiency.png").is_file()
+    )
+    assert "never" in told(["runs", "text", "--runs-dir", str(runs), "--loss", "0.01"], capsys)
+
+
 def test_a_comparison_that_cannot_be_made_is_refused(runs, capsys):
     assert "did you mean `text`" in refused(["runs", "text", "txt", "--runs-dir", str(runs)], capsys)
     put(runs, "file")

@@ -40,10 +40,11 @@ def test_ceilings_are_amounts_over_rates(tmp_path):
 def test_a_product_moves_its_operands_and_its_result():
     x, w = jax.ShapeDtypeStruct((5, 7), "float32"), jax.ShapeDtypeStruct((7, 11), "bfloat16")
 
-    def twice(x, w):
-        return jax.lax.scan(
-            lambda c, _: (jax.lax.dot(x + c, w, preferred_element_type="float32").sum(), None), 0.0, length=3
-        )
+    def thrice(x, w):
+        def trip(c, _):
+            return jax.lax.dot(x + c, w, preferred_element_type="float32").sum(), None
+
+        return jax.lax.scan(trip, 0.0, length=3)
 
     moved = 3 * (5 * 7 * 4 + 7 * 11 * 2 + 5 * 11 * 4)
     assert products.traffic(jax.make_jaxpr(thrice)(x, w).jaxpr) == moved
