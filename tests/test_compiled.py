@@ -13,6 +13,7 @@ from jaxpar.core.recipe import Model, Recipe
 from jaxpar.core.refuse import Refused
 from jaxpar.report import account, bill, compiled, topology
 from jaxpar.step.parts import assemble
+from jaxpar.step.program import program
 
 LIBTPU = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs jaxpar[aot-tpu]")
 CUDA = pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="needs jaxpar[aot-cuda12]")
@@ -47,6 +48,13 @@ def test_a_step_for_the_cpu_says_what_theory_says(plan, vocab):
     assert found.compiler.startswith("jaxlib 0.") and found.warnings == ()
     assert found.played is None and found.seconds is None and found.mfu is None and found.fits is None
     assert found.held == found.arguments + found.outputs - found.aliased + found.temporary + found.code
+
+
+def test_a_program_is_for_the_devices_it_is_given():
+    parts, _ = built(recipe_of(SMALL["gpt"], "data=8"))
+    given = jax.devices()[7::-1]
+    made = program(parts, given)
+    assert [*made.mesh.devices.flat] == given and made.shapes.step.sharding.mesh == made.mesh
 
 
 @pytest.mark.parametrize(
@@ -121,9 +129,7 @@ def test_a_step_that_does_not_fit_a_tpu_is_refused():
     model = Model("gpt", layers=2, width=8192, heads=64, hidden=65536, context=128)
     recipe = Recipe(model=model, plan=Plan.parse("data=8,precision=bf16"), batch=16, steps=50)
     tokens = jax.ShapeDtypeStruct((16, 128), jnp.int32)
-    with pytest.raises(
-        Refused, match=r"v5e:2x4: the step does not fit: Ran out of memory on HBM.*[^.]\. Legal: a "
-    ):
+    with pytest.raises(Refused, match=r"v5e:2x4: the step does not fit: Ran out of memory on HBM.*[^.]\. Legal: a "):
         compiled.compile_for(assemble(recipe, tokens, tokens, 512), topology.parse("v5e:2x4"))
 
 
