@@ -279,6 +279,12 @@ def test_slices_send_through_their_hosts(type_, kind, seconds):
     )
 
 
+def test_what_one_slice_sends_to_others_is_unknown():
+    send = f'%s = (f32[16,32], u32[], token[]) send(%x), {MEGASCALE % "1"},_xla_megascale_transfer_type="ALL_REDUCE"}}'
+    sent, _, unknown = count(text_of(send), AXES)
+    assert sent == {} and "what goes to other slices cannot be counted; its operands are 2048 bytes" in unknown[0]
+
+
 def test_products_whose_size_is_unknown_are_told():
     found = played(text_of("%odd = f32[16,16] dot(%x, %lost), lhs_contracting_dims={1}, rhs_contracting_dims={0}"))
     assert found.flops == 2 * 16 * 16 * 32, "the left operand and the result say all"

@@ -199,6 +199,7 @@ def test_slices_are_told_apart_along_data_first(axes, slices, axis):
         ("h100:1x8x8", {"data": 8, "shard": 8}, "data+shard", "all_gather", 400e9),  # a host's eight parts together
         ("h100:1x8x8", {"pipe": 8, "shard": 8}, "pipe", "permute", 50e9),
         ("h100:1x8x8", {"data": 16, "shard": 4}, "data", "all_gather", 100e9),  # two of each group in a host
+        ("h100:1x8x8", {"pipe": 16, "shard": 4}, "pipe", "permute", 50e9),  # only one of which sends to another host
     ],
 )
 def test_an_axis_sends_as_fast_as_the_links_it_lies_on(word, axes, label, kind, rate):

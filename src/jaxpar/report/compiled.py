@@ -3,13 +3,14 @@
 import importlib.metadata
 import math
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
+from jaxpar.core.cost import Cost
 from jaxpar.core.refuse import Problem, Refused
 from jaxpar.plan import mesh as meshes
-from jaxpar.report import estimate, flops, hlo, hlo_flops, topology
+from jaxpar.report import bill, estimate, flops, hlo, hlo_flops, topology
 from jaxpar.report.estimate import Played, Rates, Reader
 from jaxpar.report.hlo import How
 from jaxpar.report.hlo_text import parse
@@ -21,6 +22,7 @@ from jaxpar.step.program import Program, program
 HOP = 1e-6  # seconds until the next chip has a first byte; assumed
 FLOPS_RATIO = (1, 2)  # executed to model flops; full rematerialization makes 4/3
 KEPT = 0.999  # share of the state that must be donated
+MOVES = ("all_gather", "reduce_scatter", "all_reduce")  # kinds that XLA makes of each other
 COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-plugin", "jax-cuda13-plugin"), "cpu": ("jaxlib",)}
 
 
@@ -204,6 +206,65 @@ def rates_of(axes: dict[str, int], where: Topology) -> Rates:
         return chip.network * (1 if kind == "permute" else members)
 
     return Rates(chip.clock or math.inf, chip.memory_rate, torus if chip.torus else switch, HOP)
+
+
+def as_json(found: Compiled) -> dict[str, Any]:
+    """The same as plain values: bytes by mesh axes and by collective, and figures that belong together in one dict."""
+    played, names = found.played, ("seconds", "compute", "kernels", "exposed", "fetching", "idle")
+    memory = ("arguments", "outputs", "aliased", "temporary", "code", "held", "peak", "room", "state")
+    return {
+        "target": found.target,
+        "devices": found.devices,
+        "compiler": found.compiler,
+        "compile_seconds": found.compile_seconds,
+        "comm": bill.by_axis(Cost(found.sent)),
+        "flops": {"model": found.model_flops, "executed": found.flops},
+        "memory": {name: getattr(found, name) for name in memory},
+        "fits": found.fits,
+        "overlap": {"started": found.started, "beside": found.beside, "provisional": found.provisional},
+        "sending": found.sending,
+        "estimate": {name: getattr(played, name) for name in names} if played else None,
+        "mfu": found.mfu,
+        "warnings": [*found.warnings],
+    }
+
+
+def differences(predicted: Cost, found: Compiled) -> list[str]:
+    """One sentence for each mesh axis and collective whose compiled bytes are not those predicted, with a likely cause.
+
+    Slices of TPUs send in a hierarchy of their own; their sums are compared by collective, over all axes.
+    """
+    before, after = predicted.sent, found.sent
+    if any(axes == hlo.SLICES for axes, _ in after):
+        before, after = (_over_all(sent) for sent in (before, after))
+    said = []
+    for axes, kind in sorted({**before, **after}):
+        old, new = before.get((axes, kind), 0.0), after.get((axes, kind), 0.0)
+        if abs(old - new) > 0.5:
+            cause = _cause(
+                kind, old, new, {one: after.get((axes, one), 0) - before.get((axes, one), 0) for one in MOVES}
+            )
+            said.append(f"{kind} over {axes}: predicted {old:,.0f} bytes, compiled {new:,.0f}{cause}")
+    return said
+
+
+def _cause(kind: str, old: float, new: float, grown: dict[str, float]) -> str:
+    """What XLA is known to do, if the figures are as it would make them; `grown` is by how much each kind has."""
+    lost = -min(grown["all_gather"], 0.0) - min(grown["reduce_scatter"], 0.0)
+    if kind in MOVES and lost and grown["all_reduce"] > 1.5 * lost and (kind == "all_reduce" or new < old):
+        return ": gathers or scatters became all-reduces of whole buffers, which send twice as much"
+    if 0.45 * old < new < 0.56 * old:
+        return ": in bfloat16, to which the program rounds it anyway"
+    if kind == "all_reduce" and abs(old - new) < 1000:
+        return ": sums of single numbers were merged or split"
+    return ""
+
+
+def _over_all(sent: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    total: dict[tuple[str, str], float] = {}
+    for (_, kind), size in sent.items():
+        total["all axes", kind] = total.get(("all axes", kind), 0.0) + size
+    return total
 
 
 def doubts(found: Compiled) -> list[str]:
