@@ -25,7 +25,7 @@ from jaxpar.core.makespan import Times, lockstep
 from jaxpar.core.plan import Plan
 from jaxpar.core.recipe import Data, Model, Recipe
 from jaxpar.core.refuse import Refused
-from jaxpar.report import account, machine, memory
+from jaxpar.report import account, flops, layouts, machine, memory
 from jaxpar.step.generate import _likeliest
 from jaxpar.step.parts import prepare
 from jaxpar.train import folder, lock, record
@@ -111,9 +111,12 @@ PIPED = ["experiments.lm", "--model.width", "64", "--plan", "data=2,tensor=one_d
 
 
 def test_a_forecast_in_json_is_what_the_parts_say(capsys):
-    found = json.loads(told(["plan", *PIPED, "--json"], capsys))
+    found = json.loads(told(["plan", *PIPED, "--json", "--predict", "--explain"], capsys))
     parts, _ = prepare(replace(lm.BASE, model=replace(lm.BASE.model, width=64), plan=Plan.parse(PIPED[-1])))
-    assert set(found) == {"plan", "devices", "mesh", "params", "bubble", "pipeline", "comm", "memory", "warnings"}
+    figures = {"plan", "devices", "topology", "mesh", "params", "flops", "bubble", "pipeline", "comm", "memory", "fits"}
+    assert set(found) == figures | {"compiled", "warnings", "explain"}
+    assert found["compiled"] is found["comm"]["compiled"] is found["memory"]["compiled"] is found["fits"] is None
+    assert found["flops"]["model"] == flops.of_model(parts) / 16 < found["flops"]["executed"] == flops.executed(parts)
     assert (found["plan"], found["devices"]) == (PIPED[-1], 16)
     assert found["mesh"] == {"pipe": 4, "data": 2, "tensor": 2} and not found["warnings"]
     assert found["params"] == sum(map(jnp.size, jax.tree.leaves(parts.model.init(jax.random.key(0))[0])))
@@ -121,7 +124,16 @@ def test_a_forecast_in_json_is_what_the_parts_say(capsys):
         sum(sum(kinds.values()) for kinds in found["comm"]["predicted"].values()) == account.predicted(parts).total_sent
     )
     assert {"pipe", "data", "tensor"} <= set(found["comm"]["predicted"])
-    assert found["memory"]["predicted"] == memory.held(parts)
+    held = dict(found["memory"]["predicted"])
+    assert held.pop("total") == sum(held.values()) and held.pop("activations") == account.pool_bytes(parts) > 0
+    assert held == memory.held(parts)
+    terms = {}
+    for row in found["explain"]:
+        terms[row["figure"]] = terms.get(row["figure"], 0) + row["value"]
+    assert terms.pop("flops executed") == found["flops"]["executed"] and terms.pop("bubble") == found["bubble"]
+    assert terms.pop("memory parameters") == held["parameters"]
+    sums = {f"comm {axes}": sum(kinds.values()) for axes, kinds in found["comm"]["predicted"].items()}
+    assert terms == pytest.approx(sums)
     pipeline, table = found["pipeline"], parts.pipeline.table
     assert found["bubble"] == pytest.approx(3 / (8 + 3)) and pipeline["span"] == 3 * (8 + 3)
     assert pipeline["lockstep_span"] == lockstep(table.order, table.at, Times()) > pipeline["span"]
@@ -146,12 +158,13 @@ def test_a_plan_of_512_devices_is_answered_on_one_and_nothing_is_compiled():
 
 def test_a_forecast_as_text_with_its_timetable(capsys, tmp_path):
     words = ["--model.name", "mlp", "--data.name", "digits", "--model.layers", "3", "--model.width", "16"]
+    words.append("--predict")
     said = told(["plan", *words, "--plan", "pipe=2,microbatches=1", "--timetable"], capsys)
     assert said.endswith("d0 |F0  .  .  . B0  =\nd1 | . F0 B0  =  .  .\n")
     assert "idle         50.0% of each device's time" in said
     assert said.count("warning: ") == 2 and "stages have 2, 1 blocks" in said and "1 microbatches never keep 2" in said
     alone = told(["plan", *words, "--plan", "partition=auto"], capsys)
-    assert "pipeline" not in alone and "collective  " not in alone and "warning: partition=auto" in alone
+    assert "pipeline" not in alone and "all_" not in alone and "warning: partition=auto" in alone
     picture = tmp_path / "new" / "timetable.png"
     kept = [
         "--name",
@@ -168,12 +181,61 @@ def test_a_forecast_as_text_with_its_timetable(capsys, tmp_path):
     assert [*tmp_path.iterdir()] == [picture.parent], "no run was begun"
 
 
+def test_predicted_and_compiled_stand_side_by_side(capsys, tmp_path):
+    words = [
+        "--model.name",
+        "mlp",
+        "--data.name",
+        "digits",
+        "--model.layers",
+        "2",
+        "--model.width",
+        "16",
+        "--batch",
+        "16",
+    ]
+    picture = tmp_path / "layout.png"
+    plan = "pipe=2,tensor=two_d:2x2,microbatches=2"
+    said = told(["plan", *words, "--plan", plan, "--layout", "--layout-picture", str(picture)], capsys)
+    before, after = said.split("compiling for 8 simulated devices ...")
+    assert (
+        "compiled / predicted" in after and "compiled for" not in before and picture.read_bytes().startswith(b"\x89PNG")
+    )
+    assert "none predicted" not in after and "warning" not in after
+    lines = [line.split() for line in after.splitlines() if line.startswith(("bytes sent", "flops  executed"))]
+    assert len(lines) > 8 and all(line[-1] == "equal" and line[-2] == line[-3] for line in lines)
+    assert "mesh: pipe 2 x row 2 x column 2" in before and "row 1         6         7" in before
+
+
+def test_which_device_holds_what():
+    axes = {"a": 2, "b": 3, "c": 2}
+    found = layouts.holders(axes, (("b", "a"), (), ("c",)))
+    assert found.shape == (6, 1, 2) and found[0, 0, 0] == (0,)
+    assert found[3, 0, 1] == (9,), "b is major on the first dim: part 3 is b 1, a 1; device = a 6 + b 2 + c"
+    assert layouts.holders(axes, ((), ("c",)))[0, 1] == (1, 3, 5, 7, 9, 11)
+    devices = np.asarray(jax.devices()[:8]).reshape(2, 2, 2)
+    mesh = jax.sharding.Mesh(devices, ("a", "b", "c"))
+    over = (("c", "a"), ("b",), (), ())
+    spec = jax.sharding.PartitionSpec(*over)
+    map_of = jax.sharding.NamedSharding(mesh, spec).devices_indices_map((8, 4, 3, 2))
+    held = layouts.holders(dict(mesh.shape), over)
+    for number, device in enumerate(devices.flat):
+        rows, columns, *_ = map_of[device]
+        assert number in held[rows.start // 2, columns.start // 2, 0, 0]
+    shown = layouts.Array("w", ("x", "y", "z"), (8, 6, 4), (("a",), ("b",), ("c",)))
+    said = layouts.text(axes, [shown, layouts.Array("v", ("x",), (4,), ((),))])
+    assert said.count("y 2:4") == 2 and "x 4:8\n" in said and said.endswith("v: x 4\n  whole on 0-11")
+
+
 def test_a_forecast_of_a_file(capsys, tmp_path):
     (path := tmp_path / "recipe.json").write_text(PICTURES.to_json())
     found = json.loads(told(["plan", str(path), "--json", "--model.width", "32"], capsys))
     assert found["mesh"] == {"data": 1} and found["bubble"] == 0 and found["pipeline"]["stages"] == 1
     wide = prepare(replace(PICTURES, model=replace(PICTURES.model, width=32)))[0]
-    assert found["memory"]["predicted"] == memory.held(wide) and found["comm"]["predicted"] == {}
+    assert found["memory"]["predicted"]["parameters"] == memory.held(wide)["parameters"]
+    assert found["comm"] == {"predicted": {}, "compiled": {}}
+    assert found["flops"]["model"] == found["flops"]["executed"] == found["flops"]["compiled"] == flops.of_model(wide)
+    assert found["memory"]["compiled"]["aliased"] > 3 * memory.held(wide)["parameters"] and not found["warnings"]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """Experiments run, and say what they measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from experiments import pipeline_bubbles, tensor_parallel
+from experiments import pipeline_bubbles, pipeline_memory, tensor_parallel
 from jaxpar.cli import parse
 from jaxpar.core import family
+from jaxpar.core.plan import Plan
+from jaxpar.core.recipe import Data, Model
 from jaxpar.core.refuse import Refused
 from jaxpar.plan.mesh import needed
 
@@ -61,3 +64,37 @@ def test_pipeline_bubbles_are_what_the_papers_say(tmp_path, capsys):
     ):
         with pytest.raises(Refused, match=told):
             pipeline_bubbles.main(pipeline_bubbles.Options("t", str(tmp_path), **fields))
+
+
+def memory_rows(folder, recipe, **fields):
+    """The table of a study of memory, and whether its rows say what they should."""
+    study = pipeline_memory.Study("t", str(folder), **fields)
+    pipeline_memory.main(pipeline_memory.Options(recipe, study))
+    assert (folder / "t" / "memory.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(Refused, match="--overwrite"):
+        pipeline_memory.main(pipeline_memory.Options(recipe, study))
+    rows = json.loads((folder / "t" / "table.json").read_text())["rows"]
+    lines = {}
+    for row in rows:
+        lines.setdefault((row["schedule"], row["storage"]), []).append(row)
+    for (schedule, _), line in lines.items():
+        assert all(row["pool"] > 0 and pipeline_memory.agrees(row, line[0]) for row in line)
+        assert not pipeline_memory.agrees(line[0] | {"rest": line[0]["rest"] + line[0]["pool"] // 15}, line[0])
+        sizes = [row["compiled"] for row in line]
+        grown = (line[-1]["pool"] - line[0]["pool"]) / sizes[0]
+        assert sizes[-1] > sizes[0] if schedule == "gpipe" else sizes[-1] <= 1.02 * sizes[0] and grown <= 0.02
+    return rows
+
+
+def test_pipeline_memory_is_that_of_the_pools(tmp_path, capsys):
+    mlp = replace(pipeline_memory.BASE, model=Model("mlp", layers=4, width=64), data=Data("digits"), plan=Plan(pipe=2))
+    rows = memory_rows(tmp_path, mlp, schedules="gpipe,one_f_one_b,zero_bubble_h1", microbatches="4,16")
+    assert len(rows) == 12 and "in 12 of 12 rows" in capsys.readouterr().out
+    with pytest.raises(Refused, match=r"schedules = gpip.*\n.*microbatches = 4,x"):
+        pipeline_memory.chosen(pipeline_memory.Study(schedules="gpip", microbatches="4,x"))
+
+
+@pytest.mark.slow
+def test_pipeline_memory_of_every_schedule(tmp_path):
+    recipe = replace(pipeline_memory.BASE, model=replace(pipeline_memory.BASE.model, width=32, context=8))
+    assert len(memory_rows(tmp_path, recipe, microbatches="8,16,32")) == 2 * 3 * 7

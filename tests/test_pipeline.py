@@ -145,13 +145,14 @@ def test_a_program_that_is_unrolled_would_be_longer(monkeypatch):
         "pipe=2,microbatches=4,data=2",
         "pipe=2,microbatches=4,data=2,tensor=one_d:2,storage=residual",
         "pipe=4,microbatches=4,schedule=zero_bubble_h1,storage=residual",
+        "tensor=two_d:2x2,microbatches=4,storage=residual",  # XLA takes a gather of weights out of the loop
     ],
 )
 def test_predicted_bytes_are_those_of_the_compiled_program(plan):
     got = run(recipe_of(variant(GPT, layers=4), plan))
     counted, predicted = bill.counted_in(got.parts, got.text), cost_of(account.gradient_lines(got.parts)).sent
     assert not counted.unknown and counted.sent.keys() == predicted.keys()
-    assert any("pipe" in axes and kind == "permute" for axes, kind in predicted)
+    assert any("pipe" in axes and kind == "permute" for axes, kind in predicted) == ("pipe" in plan)
     np.testing.assert_allclose([counted.sent[key] for key in predicted], list(predicted.values()), rtol=1e-9)
 
 

@@ -1,11 +1,16 @@
-"""Say what a plan comes to before anything is compiled: mesh, bytes, memory, idle time; the devices need not be here.
+"""Say what a plan costs before it runs: flops, bytes, memory, idle time.
+
+First as predicted from formulas, then as read from the step, compiled for devices that need not be there: those that
+--topology describes, else simulated ones.
 
 python -m jaxpar plan experiments.lm --plan data=4,tensor=three_d:2x4x2
 python -m jaxpar plan --model.name mlp --data.name digits --plan pipe=4,microbatches=8 --timetable
-python -m jaxpar plan runs/digits/recipe.json --json
+python -m jaxpar plan experiments.lm --plan tensor=fsdp:8 --topology v5e:2x4
+python -m jaxpar plan runs/digits/recipe.json --json --predict
 python -m jaxpar plan experiments.lm --plan pipe=4,schedule=zero_bubble_h1,microbatches=8 --picture timetable.png
 """
 
+import functools
 import importlib
 import json
 import os
@@ -28,13 +33,26 @@ class Shown:
     """What is printed.
 
     Attributes:
+        topology: devices to compile for, such as v5e:4x4, v5p:4x4x4, v5e:4x4*2 (slices) or h100:1x8x8; with the extra
+            `jaxpar[aot-tpu]` or `jaxpar[aot-cuda12]`.
+        predict: stop before anything is compiled.
+        explain: also the formula that gave each predicted figure.
         timetable: also the pipeline's timetable, a row per device; backward takes twice as long as forward.
         picture: write it as PNG, with what devices hold meanwhile.
+        roofline: write the ceilings of arithmetic, memory and communication on the topology, and the plan, as PNG.
+        layout: also which device holds what.
+        layout_picture: write that as PNG.
         json: print one JSON object instead.
     """
 
+    topology: Annotated[str | None, arg(prefix_name=False)] = None
+    predict: Annotated[bool, arg(prefix_name=False)] = False
+    explain: Annotated[bool, arg(prefix_name=False)] = False
     timetable: Annotated[bool, arg(prefix_name=False)] = False
     picture: Annotated[str | None, arg(prefix_name=False, metavar="FILE.png")] = None
+    roofline: Annotated[str | None, arg(prefix_name=False, metavar="FILE.png")] = None
+    layout: Annotated[bool, arg(prefix_name=False)] = False
+    layout_picture: Annotated[str | None, arg(prefix_name=False, metavar="FILE.png")] = None
     json: Annotated[bool, arg(prefix_name=False)] = False
 
 
@@ -61,22 +79,106 @@ def plan(argv: Sequence[str]) -> None:
     cli.check_devices(asked.recipe.plan, asked.run.devices)
     import jax
 
-    from jaxpar.report import forecast, timetables
+    from jaxpar.plan import mesh
+    from jaxpar.report import forecast, topology
     from jaxpar.step.parts import prepare
+    from jaxpar.step.program import traced
 
     jax.config.update("jax_platforms", "cpu")  # a run may hold the accelerators of this machine
+    plan, shown, say = asked.recipe.plan, asked.shown, _nothing if asked.shown.json else _printed
+    where = topology.parse(shown.topology) if shown.topology else None
+    if where and mesh.needed(plan) not in (0, where.count):
+        rule = f"has {where.count} devices, and the plan {plan} takes {mesh.needed(plan)}."
+        raise Refused([Problem("topology", where.word, rule, "a topology and a plan for as many devices")])
+    compile_it = not shown.predict and (where or mesh.needed(plan) <= MOST_COMPILED)
+    mesh.simulate(mesh.needed(plan) if compile_it and not where else 1)
     parts, _ = prepare(asked.recipe, asked.run.data_dir)
-    found, order = forecast.forecast(asked.recipe.plan, parts), parts.pipeline.table.order
-    shown = {"timetable": timetables.text(order, forecast.TIMES)} if asked.shown.timetable else {}
-    if asked.shown.picture:
-        path, title = Path(os.path.expanduser(asked.shown.picture)), asked.recipe.plan.schedule.partition(":")[0]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shown["picture"] = str(timetables.picture(path, {title: order}, forecast.TIMES))
-        except (OSError, ValueError) as error:
-            problem = Problem("picture", path, f"cannot be written: {error}.", "a file that ends in .png")
-            raise Refused([problem]) from error
-    print(json.dumps(found | shown) if asked.shown.json else "\n\n".join([forecast.text(found), *shown.values()]))
+    trace = traced(parts) if parts.partition == "manual" else None
+    found = forecast.forecast(plan, parts, where, trace)
+    more = _ceilings(found, parts, where, trace, shown) | _more(plan, parts, trace, shown)
+    say("\n\n".join([forecast.text(found), *map(str, more.values())]))
+    if compile_it:
+        say(f"\ncompiling for {where.word if where else str(found['devices']) + ' simulated devices'} ...\n")
+        found = forecast.with_compiled(found, _compiled(parts, where))
+        say(forecast.text(found))
+    if shown.json:
+        print(json.dumps(found | more))
+
+
+MOST_COMPILED = 64  # simulated devices that a step is compiled for unasked
+
+
+def _printed(words: str) -> None:
+    print(words, flush=True)
+
+
+def _nothing(words: str) -> None:
+    pass
+
+
+def _compiled(parts, where):
+    """What the compiled step says; see `report/compiled.py`."""
+    import time
+
+    from jaxpar.report import compiled
+    from jaxpar.step.program import program
+
+    if where:
+        return compiled.compile_for(parts, where)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    made = program(parts)
+    began = time.perf_counter()
+    step = made.step.lower(made.shapes, made.batch).compile()
+    return compiled.read(parts, made, step, time.perf_counter() - began)
+
+
+def _ceilings(found: dict, parts, where, trace, shown: Shown) -> dict:
+    """What bounds the step on the topology, if there is one."""
+    from jaxpar.report import roofline
+
+    if where is None or trace is None:
+        if shown.roofline:
+            rule = "needs devices of a known kind, and a plan that is not partition=auto."
+            raise Refused([Problem("roofline", shown.roofline, rule, "--topology v5e:2x4")])
+        return {}
+    roof = roofline.roof(found, parts, where, trace)
+    made = {"ceilings": roofline.as_json(roof) if shown.json else roofline.text(roof)}
+    if shown.roofline:
+        drawn = functools.partial(roofline.picture, roofs=[roof])
+        made["roofline"] = _drawn("roofline", shown.roofline, drawn)
+    return made
+
+
+def _more(plan, parts, trace, shown: Shown) -> dict:
+    """What was asked for besides the figures: text, or where a picture lies."""
+    from jaxpar.report import explain, forecast, layouts, timetables
+
+    order, axes, made = parts.pipeline.table.order, parts.settings.placement.scheme.axes or {"data": 1}, {}
+    if shown.explain:
+        found = explain.rows(parts, trace, forecast.TIMES)
+        made["explain"] = explain.as_json(found) if shown.json else explain.text(found)
+    if shown.timetable:
+        made["timetable"] = timetables.text(order, forecast.TIMES)
+    if shown.layout:
+        made["layout"] = layouts.text(axes, layouts.arrays(parts))
+    if shown.picture:
+        orders = {plan.schedule.partition(":")[0]: order}
+        drawn = functools.partial(timetables.picture, orders=orders, times=forecast.TIMES)
+        made["picture"] = _drawn("picture", shown.picture, drawn)
+    if shown.layout_picture:
+        drawn = functools.partial(layouts.picture, axes=axes, shown=layouts.arrays(parts))
+        made["layout_picture"] = _drawn("layout_picture", shown.layout_picture, drawn)
+    return made
+
+
+def _drawn(field: str, word: str, draw) -> str:
+    """Where a picture was written."""
+    path = Path(os.path.expanduser(word))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return str(draw(path))
+    except (OSError, ValueError) as error:
+        raise Refused([Problem(field, path, f"cannot be written: {error}.", "a file that ends in .png")]) from error
 
 
 def _named(word: str) -> Recipe:

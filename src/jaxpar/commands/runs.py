@@ -2,6 +2,7 @@
 
 python -m jaxpar runs
 python -m jaxpar runs square cube --png compare.png
+python -m jaxpar runs small large --loss 2.5
 """
 
 import dataclasses
@@ -38,6 +39,9 @@ def _listed(
     png: Annotated[
         str | None, arg(help="file for the losses; by default RUNS-DIR/compare.png if runs are named.")
     ] = None,
+    loss: Annotated[
+        float | None, arg(help="also which run was there first: steps to this training loss times time per step.")
+    ] = None,
 ) -> None:
     if names:
         found, broken = [record.record(record.find(name, runs_dir)) for name in dict.fromkeys(names)], []
@@ -51,6 +55,8 @@ def _listed(
     print("".join(f"{line}\n" for line in broken), end="")
     if len(names) > 1:
         print("", _differences(found), sep="\n")
+    if found and loss is not None:
+        print("", _efficiency(found, loss, Path(os.path.expanduser(runs_dir)) / "efficiency.png"), sep="\n")
     if found and (names or png):
         print(
             "", f"picture: {_picture(found, Path(os.path.expanduser(png or Path(runs_dir) / 'compare.png')))}", sep="\n"
@@ -106,6 +112,24 @@ def _differences(found: list[Record]) -> str:
         if rows
         else "all fields of their recipes are equal"
     )
+
+
+def _efficiency(found: list[Record], level: float, path: Path) -> str:
+    """Steps to a loss and time per step of each run, and a picture if any got there."""
+    from jaxpar.report import efficiency
+
+    timed = {one.folder.name: [line["step_ms"] / 1e3 for line in one.lines if "step_ms" in line] for one in found}
+    known = {
+        one.folder.name: efficiency.reached(record.losses(one.lines)[0], timed[one.folder.name], level)
+        for one in found
+        if timed[one.folder.name]
+    }
+    if not known:
+        return "no run has timed steps"
+    said = efficiency.text(known)
+    if not any(one.seconds for one in known.values()):
+        return said
+    return f"{said}\npicture: {efficiency.picture(path, known, level)}"
 
 
 def _picture(found: list[Record], path: Path) -> Path:

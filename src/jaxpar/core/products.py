@@ -1,29 +1,57 @@
 """Floating-point operations of the products in a traced program."""
 
 import math
+from collections import Counter
 
-import jax
-
-
-def flops(jaxpr) -> float:
-    """Flops of all products in a jaxpr, two for each multiplication with its addition, as often as its loops run."""
-    return float(sum(_of(equation) for equation in jaxpr.eqns))
+from jaxpar.core.walk import Shares, visits
 
 
-def _of(equation) -> float:
-    name, out = equation.primitive.name, equation.outvars[0].aval if equation.outvars else None
+def flops(jaxpr, shares: Shares | None = None) -> float:
+    """Flops of all products in a jaxpr, two for each multiplication with its addition, as often as its loops run.
+
+    Args:
+        jaxpr: traced; inside `jax.shard_map`, its products are those of one device.
+        shares: how often each branch of a switch is taken, as of `walk.visits`; by default the costliest counts.
+    """
+    return float(sum(visit.times * of(visit.equation) for visit in visits(jaxpr, of, shares)))
+
+
+def traffic(jaxpr, shares: Shares | None = None) -> float:
+    """Bytes that all products read and write if each operand and result goes through memory once; as of `flops`.
+
+    What lies between them is taken to be fused into them, and nothing to stay in a cache.
+    """
+    return float(sum(visit.times * _moved(visit.equation) for visit in visits(jaxpr, _moved, shares)))
+
+
+def each(jaxpr, shares: Shares | None = None) -> Counter[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """How often each product runs, by `sizes` of it; arguments as of `flops`."""
+    found: Counter = Counter()
+    for equation, times in visits(jaxpr, of, shares):
+        if shape := sizes(equation):
+            found[shape] += times
+    return found
+
+
+def sizes(equation) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The sizes of a product's result, and of what each entry is a sum over; None for any other operation."""
+    name, out = equation.primitive.name, equation.outvars[0].aval.shape if equation.outvars else ()
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
-        return 2 * math.prod(out.shape) * math.prod(equation.invars[0].aval.shape[dim] for dim in contracted)
+        shape = equation.invars[0].aval.shape
+        return out, tuple(shape[dim] for dim in contracted)
     if name == "conv_general_dilated":
         kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
-        return 2 * math.prod(out.shape) * math.prod(kernel[dim] for dim in spec[1:])
-    inner = [value for value in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr) if _is_jaxpr(value)]
-    found = [flops(getattr(one, "jaxpr", one)) for one in inner]
-    if name == "cond":
-        return max(found)
-    return sum(found) * (equation.params["length"] if name == "scan" else 1)
+        return out, tuple(kernel[dim] for dim in spec[1:])
+    return None
 
 
-def _is_jaxpr(value) -> bool:
-    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+def of(equation) -> float:
+    """Flops of one run of an operation; 0 if it is no product."""
+    found = sizes(equation)
+    return 2.0 * math.prod(found[0]) * math.prod(found[1]) if found else 0.0
+
+
+def _moved(equation) -> float:
+    around = (*equation.invars, *equation.outvars) if sizes(equation) else ()
+    return float(sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in around))

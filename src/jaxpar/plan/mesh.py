@@ -2,9 +2,11 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpar.core import compat
@@ -69,13 +71,43 @@ def devices(count: int) -> list[jax.Device]:
     return found[:count]
 
 
-def mesh_of(axes: Mapping[str, int]) -> Mesh:
-    """The mesh with these axes, major first; one device is the axis `data` of size 1."""
+def mesh_of(axes: Mapping[str, int], given: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh with these axes, major first; one device is the axis `data` of size 1.
+
+    Args:
+        axes: sizes by name.
+        given: as many devices, in any order, such as those of a topology that is only compiled for; None: those here.
+    """
     axes = axes or {"data": 1}
-    count = 1
-    for size in axes.values():
-        count *= size
-    return compat.make_mesh(tuple(axes.values()), tuple(axes), devices(count))
+    held = list(given) if given is not None else devices(math.prod(axes.values()))
+    return compat.make_mesh(tuple(axes.values()), tuple(axes), in_order(axes, held))
+
+
+def in_order(axes: Mapping[str, int], held: Sequence[jax.Device]) -> np.ndarray:
+    """Devices by place in the mesh: of TPUs, neighbours along an axis are neighbours in the torus, if that is known.
+
+    Slices, which only reach each other over the network of the data centre, are told apart along one axis alone:
+    `data` if their number divides it, else `pipe`, else the first axis that it does divide.
+    """
+    sizes = tuple(axes.values())
+    if held[0].platform != "tpu" or len(held) == 1:
+        return np.asarray(held).reshape(sizes)
+    slices = len({getattr(device, "slice_index", None) for device in held})
+    across = across_slices(axes, slices)
+    try:
+        if across is None:
+            return mesh_utils.create_device_mesh(sizes, held, allow_split_physical_axes=True)
+        outer = tuple(slices if axis == across else 1 for axis in axes)
+        inner = tuple(size // parts for size, parts in zip(sizes, outer, strict=True))
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, held, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError):  # part of a machine, or a torus it has no rule for
+        return np.asarray(held).reshape(sizes)
+
+
+def across_slices(axes: Mapping[str, int], slices: int) -> str | None:
+    """The mesh axis along which slices of TPUs are told apart; None for one slice, or if no axis divides by them."""
+    wished = ("data", layout.PIPE, *axes)
+    return next((axis for axis in wished if slices > 1 and axes.get(axis, 1) % slices == 0), None)
 
 
 def idle(mesh: Mesh) -> str:

@@ -7,23 +7,26 @@ from jaxpar.core.cost import Cost
 from jaxpar.plan import layout, padding
 from jaxpar.plan.layout import Placement
 from jaxpar.plan.wire import Line, cost_of, ledger
-from jaxpar.report.traced import lines
+from jaxpar.report.traced import lines, shares_of
 from jaxpar.step.executor import SCOPE
 from jaxpar.step.objective import labelled, nats
 from jaxpar.step.parts import Parts
 from jaxpar.step.program import traced
-from jaxpar.step.rehearsal import shares
 
 
-def gradient_lines(parts: Parts) -> list[Line]:
+def gradient_lines(parts: Parts, trace=None) -> list[Line]:
     """What one device sends for the loss and gradients of one step, line by line, from shapes alone.
 
     Needs no devices of the plan, nothing is compiled and no array is made.
 
+    Args:
+        parts: of the run.
+        trace: `traced(parts)`, if it is at hand.
+
     Source: bytes of ring algorithms, `jaxpar.core.cost.wire_bytes`; which collectives, `jaxpar.plan.matmul.derive`.
     """
     if not parts.pipeline.plain:
-        return _pipelined(parts)
+        return _pipelined(parts, trace or traced(parts))
     placement, model = parts.settings.placement, parts.model
     book = ledger(placement.scheme.axes)
     settings = parts.settings._replace(wire=book.wire)
@@ -45,24 +48,21 @@ def gradient_lines(parts: Parts) -> list[Line]:
     return book.lines
 
 
-def _pipelined(parts: Parts) -> list[Line]:
+def _pipelined(parts: Parts, trace) -> list[Line]:
     """The lines of that device of the pipeline which sends most."""
-    pipeline, sizes, jaxpr = parts.pipeline, parts.settings.placement.scheme.axes, traced(parts)
-    each = [
-        list(lines(jaxpr, sizes, shares(pipeline.table, pipeline.division.stages, pipeline.storage, device)))
-        for device in range(pipeline.table.devices)
-    ]
+    sizes = parts.settings.placement.scheme.axes
+    each = [list(lines(trace, sizes, one)) for one in shares_of(parts)]
     return max(each, key=lambda found: sum(line.bytes for line in found))
 
 
-def pool_bytes(parts: Parts) -> int:
+def pool_bytes(parts: Parts, trace=None) -> int:
     """Bytes of the pools in which one device of a pipeline keeps activations, from tick to tick; 0 if there are none.
 
     They are what the loop over ticks carries besides gradients, state and loss: as many slots as the timetable names,
     of what was found to be kept.
     """
     table = parts.pipeline.table
-    loop = next((one for one in _equations(traced(parts)) if _plays(one, table.ticks)), None)
+    loop = next((one for one in _equations(trace or traced(parts)) if _plays(one, table.ticks)), None)
     if loop is None:
         return 0
     others = len(jax.tree.leaves(parts.model.dims)) + 1
@@ -87,12 +87,12 @@ def _equations(jaxpr):
             yield from _equations(getattr(inner, "jaxpr", inner))
 
 
-def step_lines(parts: Parts) -> list[Line]:
-    """`gradient_lines`, and the norms that the optimizer's half of the step takes of all gradients.
+def step_lines(parts: Parts, trace=None) -> list[Line]:
+    """`gradient_lines`, with its arguments, and the norms that the optimizer's half of the step takes of all gradients.
 
     XLA partitions that half: it sums each leaf's squares once per dim that is split, over the axes of that dim.
     """
-    scheme, lines = parts.settings.placement.scheme, gradient_lines(parts)
+    scheme, lines = parts.settings.placement.scheme, gradient_lines(parts, trace)
     for words in jax.tree.leaves(parts.model.dims[0]):
         for axes in filter(None, layout.weight(parts.settings.placement, words)):
             ordered = tuple(axis for axis in scheme.axes if axis in axes)
@@ -101,9 +101,9 @@ def step_lines(parts: Parts) -> list[Line]:
     return lines
 
 
-def predicted(parts: Parts) -> Cost:
-    """Bytes of a whole step: the sum of `step_lines`."""
-    return cost_of(step_lines(parts))
+def predicted(parts: Parts, trace=None) -> Cost:
+    """Bytes of a whole step: the sum of `step_lines`, with its arguments."""
+    return cost_of(step_lines(parts, trace))
 
 
 def _total(wire, axes):

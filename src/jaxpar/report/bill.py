@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from jaxpar.core.cost import Cost
 from jaxpar.report import account, hlo
+from jaxpar.report.traced import shares_of
 from jaxpar.step.parts import Parts
-from jaxpar.step.rehearsal import shares
 
 
 class Bill(NamedTuple):
@@ -31,11 +31,8 @@ def bill(parts: Parts, text: str) -> Bill:
 
 def counted_in(parts: Parts, text: str) -> hlo.Traffic:
     """What is counted in a compiled program; of a pipeline that device which sends most."""
-    pipeline, axes = parts.pipeline, parts.settings.placement.scheme.axes or {"data": 1}
-    each = [
-        hlo.count(text, axes, shares(pipeline.table, pipeline.division.stages, pipeline.storage, device))
-        for device in range(pipeline.table.devices)
-    ]
+    axes = parts.settings.placement.scheme.axes or {"data": 1}
+    each = [hlo.count(text, axes, one) for one in shares_of(parts)]
     return max(each, key=lambda found: sum(found.sent.values()))
 
 

@@ -1,53 +1,118 @@
-"""What is known of a run before anything is compiled, on devices that need not be there."""
+"""What is known of a run before anything is compiled, and beside it what a compiled step says."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 
 from jaxpar.core.makespan import Times, makespan
 from jaxpar.core.plan import Plan
-from jaxpar.report import account, bill, memory
+from jaxpar.report import account, bill, flops, memory
 from jaxpar.report.columns import aligned
+from jaxpar.report.compiled import Compiled
+from jaxpar.report.topology import Topology
 from jaxpar.step.parts import Parts
+from jaxpar.step.program import traced
 
 TIMES = Times()  # forward : gradient of inputs : gradient of weights, each as long as the others
 
 
-def forecast(plan: Plan, parts: Parts) -> dict[str, Any]:
+def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None) -> dict[str, Any]:
     """The figures of a plan for one model and batch, as plain values that JSON has.
 
     Args:
         plan: of the recipe.
         parts: what `prepare` made of it.
+        where: devices that it is meant for, if said.
+        trace: `traced(parts)`, if it is at hand.
 
     Returns:
         plan: its text.
         devices: how many it takes.
+        topology: the devices that it is meant for; None: none in particular.
         mesh: size of each axis, major axis first.
         params: numbers that are trained, over all devices and without padding.
+        flops: of one device and step: `model`, its part of the model's own; `executed`, of the products that it carries
+            out, of a pipeline the device that does most; `compiled`, read from the program.
         bubble: idle share of the pipeline where devices work as soon as they can, if forward takes 1 and backward 2.
         pipeline: see `_pipeline`.
-        comm: `predicted`: bytes that a device sends in a step, by mesh axes and by collective; of a pipeline the device
-            that sends most; None where XLA decides the collectives.
-        memory: `predicted`: bytes that a device holds besides activations, by category.
+        comm: bytes that a device sends in a step, by mesh axes and by collective; of a pipeline the device that sends
+            most. `predicted` is None where XLA decides the collectives.
+        memory: bytes that a device holds, by category and in `total`.
+        fits: whether that is less than a device has; None if nobody says what it has.
+        compiled: see `with_compiled`.
         warnings: sentences.
+
+    What is `compiled` is None until `with_compiled`.
     """
     shapes = jax.eval_shape(lambda: parts.model.init(jax.random.key(0))[0])
     axes = parts.settings.placement.scheme.axes or {"data": 1}  # as `mesh_of`
-    sent = account.predicted(parts) if parts.partition == "manual" else None
+    count, manual = math.prod(axes.values()), parts.partition == "manual"
+    trace = trace or (traced(parts) if manual else None)
+    held = memory.held(parts) | ({"activations": account.pool_bytes(parts, trace)} if manual else {})
+    held |= {"total": sum(held.values())}
     pipeline = _pipeline(plan, parts)
     return {
         "plan": str(plan),
-        "devices": math.prod(axes.values()),
+        "devices": count,
+        "topology": where and where.word,
         "mesh": dict(axes),
         "params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
+        "flops": {
+            "model": flops.of_model(parts) / count,
+            "executed": flops.executed(parts, trace) if manual else None,
+            "compiled": None,
+        },
         "bubble": pipeline.pop("bubble"),
         "pipeline": pipeline,
-        "comm": {"predicted": bill.by_axis(sent) if sent else None},
-        "memory": {"predicted": memory.held(parts)},
+        "comm": {"predicted": bill.by_axis(account.predicted(parts, trace)) if manual else None, "compiled": None},
+        "memory": {"predicted": held, "compiled": None},
+        "fits": where and held["total"] <= where.memory,
+        "compiled": None,
         "warnings": _warnings(plan, parts),
     }
+
+
+def with_compiled(found: dict[str, Any], made: Compiled) -> dict[str, Any]:
+    """A forecast with what the compiled step says, under `compiled` of each figure, and its own:
+
+    target: the topology, or `cpu` for simulated devices; compiler: its package and version; compile_seconds.
+    estimate: None where the compiler counts no cycles; else seconds of a step, by cause, never run: see `Played`; and
+        `mfu`, in dense bfloat16 flops of the chip. Good to compare two plans on the same chip.
+    started, beside: bytes that are sent while the device may go on, and while it does.
+    """
+    sent: dict[str, dict[str, float]] = {}
+    for (axes, kind), value in made.sent.items():
+        sent.setdefault(axes, {})[kind] = value
+    held = {name: getattr(made, name) for name in ("arguments", "outputs", "aliased", "temporary", "code")}
+    causes = ("seconds", "compute", "kernels", "exposed", "fetching", "idle")
+    played = made.played and {name: getattr(made.played, name) for name in causes} | {"mfu": made.mfu}
+    own = {"target": made.target, "compiler": made.compiler, "compile_seconds": made.compile_seconds}
+    own |= {"estimate": played, "sending": made.sending, "started": made.started, "beside": made.beside}
+    found = found | {
+        "flops": found["flops"] | {"compiled": made.flops},
+        "comm": found["comm"] | {"compiled": sent},
+        "memory": found["memory"] | {"compiled": held | {"total": made.held}},
+        "fits": found["fits"] if made.fits is None else made.fits,
+        "compiled": own,
+    }
+    return found | {"warnings": [*found["warnings"], *made.warnings, *_differences(found)]}
+
+
+def _differences(found: dict[str, Any]) -> list[str]:
+    """One sentence for each figure that is predicted to be one number, and compiled to be another."""
+    said, (predicted, compiled) = [], (found["comm"][name] for name in ("predicted", "compiled"))
+    for axes in sorted({*(predicted or {}), *compiled}) if predicted is not None else ():
+        pairs = predicted.get(axes, {}), compiled.get(axes, {})
+        for kind in sorted({*pairs[0], *pairs[1]}):
+            before, after = (pair.get(kind, 0.0) for pair in pairs)
+            if abs(before - after) > 0.5:
+                said.append(f"{kind} over {axes}: predicted {before:,.0f} bytes, compiled {after:,.0f}")
+    executed = found["flops"]["executed"]
+    if executed and abs(executed - found["flops"]["compiled"]) > 1e-3 * executed:
+        said.append(f"flops: predicted {executed:,.0f}, compiled {found['flops']['compiled']:,.0f}")
+    return said
 
 
 def _pipeline(plan: Plan, parts: Parts) -> dict[str, Any]:
@@ -55,7 +120,8 @@ def _pipeline(plan: Plan, parts: Parts) -> dict[str, Any]:
 
     `span` and `bubble` are of devices that work as soon as they can; `lockstep_*` where every tick lasts as long as its
     busiest device, as in the compiled program. `live` is the most inputs of stages that each device holds, `messages`
-    what all devices send to others, `sends` what each sends, `stages` the blocks or parts of each stage.
+    what all devices send to others, `sends` what each sends, `blocks` how many each stage has. All devices have room
+    for as much as the one that holds most: they run one program.
     """
     table = parts.pipeline.table
     found = makespan(table.order, table.at, TIMES)
@@ -94,10 +160,11 @@ def _warnings(plan: Plan, parts: Parts) -> list[str]:
 
 def text(found: dict[str, Any]) -> str:
     """A forecast as people read it."""
-    pipeline, sent, held = found["pipeline"], found["comm"]["predicted"], found["memory"]["predicted"]
+    pipeline = found["pipeline"]
     rows = [
         ("plan", found["plan"]),
         ("devices", f"{found['devices']:,}: {' x '.join(f'{axis} {n}' for axis, n in found['mesh'].items())}"),
+        *([("topology", found["topology"])] if found["topology"] else []),
         ("parameters", f"{found['params']:,}"),
     ]
     if pipeline["stages"] > 1:
@@ -106,21 +173,66 @@ def text(found: dict[str, Any]) -> str:
         rows += [
             ("pipeline", f"{pipeline['schedule']}, {counts}"),
             ("idle", f"{idle}, if backward takes twice as long as forward"),
-            ("inputs held", f"{', '.join(map(str, pipeline['live']))}, by device"),
+            ("blocks", f"{', '.join(map(str, pipeline['blocks']))}, by stage"),
+            ("inputs held", f"{', '.join(map(str, pipeline['live']))} at most, by device"),
             ("messages", f"{pipeline['messages']:,} a step, over all devices"),
         ]
-    lines = [aligned(("", ""), rows).strip("\n")]
-    categories = [(name, f"{size:,}") for name, size in {**held, "all": sum(held.values())}.items()]
-    lines.append(aligned(("held besides activations", "bytes per device"), categories, ("bytes per device",)))
-    if sent is not None:
-        lines.append(_sent(sent))
+    lines = [aligned(("", ""), rows).strip("\n"), _figures(found), *_own(found)]
     return "\n\n".join([*lines, *(f"warning: {sentence}" for sentence in found["warnings"])])
 
 
-def _sent(sent: dict[str, dict[str, float]]) -> str:
-    rows = [
-        (axes, kind, f"{size:,.0f}") for axes, kinds in sorted(sent.items()) for kind, size in sorted(kinds.items())
-    ]
-    total = sum(size for kinds in sent.values() for size in kinds.values())
-    head = ("mesh axes", "collective", "bytes per device and step")
-    return aligned(head, [*rows, ("all", "", f"{total:,.0f}")], head[2:])
+def _figures(found: dict[str, Any]) -> str:
+    """Predicted beside compiled, and the difference."""
+    both = found["compiled"] is not None
+    rows: list[tuple] = [("flops", "model", found["flops"]["model"], None)]
+    rows.append(("flops", "executed", found["flops"]["executed"], found["flops"]["compiled"]))
+    rows += _sent(*(found["comm"][name] for name in ("predicted", "compiled")))
+    held, said = (found["memory"][name] for name in ("predicted", "compiled"))
+    rows += [("bytes held", name, size, None) for name, size in held.items() if name != "total"]
+    rows += [("bytes held", name, None, size) for name, size in (said or {}).items() if name != "total"]
+    rows.append(("bytes held", "total", held["total"], said and said["total"]))
+    head = ("per device and step", "", "predicted", *(("compiled", "compiled / predicted") if both else ()))
+    cells = []
+    for *named, before, after in rows:
+        if both or before is not None:
+            cells.append((*named, _number(before), *((_number(after), _ratio(before, after)) if both else ())))
+    return aligned(head, cells, head[2:])
+
+
+def _sent(predicted: dict | None, compiled: dict | None) -> Iterable[tuple]:
+    known = {**(predicted or {}), **(compiled or {})}
+    total: list[float | None] = []
+    for one in (predicted, compiled):
+        total.append(None if one is None else sum(sum(kinds.values()) for kinds in one.values()))
+    for axes in sorted(known):
+        kinds = sorted({*(predicted or {}).get(axes, {}), *(compiled or {}).get(axes, {})})
+        for kind in kinds:
+            pair = (None if one is None else one.get(axes, {}).get(kind, 0.0) for one in (predicted, compiled))
+            yield (f"bytes sent over {axes}", kind, *pair)
+    yield ("bytes sent", "total", *total)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _ratio(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return ""
+    return "equal" if abs(before - after) < 0.5 else f"{after / before:.3f}" if before else "none predicted"
+
+
+def _own(found: dict[str, Any]) -> Iterable[str]:
+    """What only the compiled program says, and whether it all fits."""
+    if made := found["compiled"]:
+        done = "simulated devices" if made["target"] == "cpu" else f"{made['target']}, not run"
+        rows = [("compiled for", f"{done}, by {made['compiler']} in {made['compile_seconds']:.1f} s")]
+        if played := made["estimate"]:
+            parts = ", ".join(f"{name} {played[name]:.3g}" for name in played if name not in ("seconds", "mfu"))
+            rows.append(("estimated step", f"{played['seconds']:.3g} s by the compiler's own cycle counts ({parts})"))
+            rows.append(("estimated MFU", f"{played['mfu']:.3f} of dense bfloat16; to compare plans on this chip"))
+        if made["started"]:
+            rows.append(("sent meanwhile", f"{made['beside']:,.0f} of {made['started']:,.0f} asynchronous bytes"))
+        yield aligned(("", ""), rows).strip("\n")
+    if found["fits"] is not None:
+        yield f"It {'fits' if found['fits'] else 'does not fit'} into the memory of a device of {found['topology']}."

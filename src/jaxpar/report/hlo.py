@@ -19,7 +19,7 @@ KINDS = {
     "all-to-all": "all_to_all",
     "collective-broadcast": "broadcast",
 }
-_CALLS = {
+CALLS = {
     "fusion": ("calls",),
     "call": ("to_apply",),
     "async": ("calls",),
@@ -27,13 +27,22 @@ _CALLS = {
     "conditional": ("true_computation", "false_computation", "branch_computations"),
 }
 _COLLECTIVE = re.compile(r"\b(all-|collective-|reduce-scatter|cross-|send$)")
+SLICES = "slices"  # stands for a mesh axis in what slices of TPUs send to each other
+BETWEEN = {
+    "ALL_REDUCE": "all_reduce",
+    "ALL_GATHER": "all_gather",
+    "REDUCE_SCATTER": "reduce_scatter",
+    "ALL_TO_ALL": "all_to_all",
+    "ONE_TO_ONE": "permute",
+    "COLLECTIVE_PERMUTE": "permute",
+}
 _CUSTOM = re.compile(
     r'"has_communication":true|custom_call_target="[^"]*'
     r"(nccl|nvshmem|collective|all_?reduce|all_?gather|all_?to_?all|reduce_?scatter)",
     re.IGNORECASE,
 )
-_CHAINED = "async_collective_fusion_config"
-_CHAIN_ENDS = 'custom_call_target="AsyncCollective'
+CHAINED = "async_collective_fusion_config"
+CHAIN_ENDS = 'custom_call_target="AsyncCollective'
 
 
 class Traffic(NamedTuple):
@@ -60,9 +69,10 @@ class How(NamedTuple):
 
     axes: dict[str, int]
     shares: Shares
+    slices: int = 1
 
 
-def count(text: str, axes: dict[str, int], shares: Shares | None = None) -> Traffic:
+def count(text: str, axes: dict[str, int], shares: Shares | None = None, slices: int = 1) -> Traffic:
     """Count the bytes that each device sends in one execution of a compiled program.
 
     Bytes are those of ring algorithms (`jaxpar.core.cost.wire_bytes`), of the operands; a broadcast sends its operand
@@ -76,9 +86,10 @@ def count(text: str, axes: dict[str, int], shares: Shares | None = None) -> Traf
     Args:
         text: what `compiled.as_text()` returns.
         axes: size of each mesh axis by name, major first, in the order in which the program numbers its devices. For
-            several slices of TPUs the text is that of one slice: pass the axes within it; `unknown` names the rest.
+            several slices of TPUs the text is that of one slice: pass the axes within it.
         shares: `shares(name, branches)`: of the conditional whose operation is called so in the source, how often each
             branch is taken, as a share of all; None where it does not know.
+        slices: how many slices of TPUs run the program; what they tell each other is listed under `SLICES`.
 
     Returns:
         The traffic. Look at `Traffic.unknown` before trusting a sum.
@@ -93,13 +104,13 @@ def count(text: str, axes: dict[str, int], shares: Shares | None = None) -> Traf
             f"the program is for {devices} devices, the mesh {axes} has {prod(axes.values())}; pass the axes of the "
             "mesh that it was compiled for: count(text, dict(mesh.shape))."
         )
-    found = _traffic(program, How(axes, shares or (lambda name, branches: None)), program.entry, ())
+    found = _traffic(program, How(axes, shares or (lambda name, branches: None), slices), program.entry, ())
     return found._replace(unknown=tuple(dict.fromkeys([*found.unknown, *_overlooked(program)])))
 
 
 def _traffic(program: Program, how: How, computation: str, arguments: tuple) -> Traffic:
     """Traffic of one execution of `computation`, given what is known of its parameters."""
-    follows, known = not _starts_chain(program, computation), values(program, computation, arguments)
+    follows, known = not starts_chain(program, computation), values(program, computation, arguments)
     parts = []
     for each in program.computations[computation].values():
         op = each.op.removesuffix("-start")
@@ -108,28 +119,29 @@ def _traffic(program: Program, how: How, computation: str, arguments: tuple) -> 
             parts.append((1, _loop(program, how, each, *trips(program, each, operands[0]))))
         elif op == "conditional":
             parts.append((1, _branches(program, how, each, operands[1:])))
-        elif op in _CALLS:
-            parts += [(1, _traffic(program, how, callee, operands)) for callee in called(each, *_CALLS[op])]
-        elif _is_collective(each) and not (follows and _CHAINED in each.attributes):
-            parts.append((1, _message(program, how, computation, each)))
+        elif op in CALLS:
+            parts += [(1, _traffic(program, how, callee, operands)) for callee in called(each, *CALLS[op])]
+        elif is_collective(each) and not (follows and CHAINED in each.attributes):
+            parts.append((1, message(program, how, computation, each)))
     return _total(parts)
 
 
-def _starts_chain(program: Program, computation: str) -> bool:
+def starts_chain(program: Program, computation: str) -> bool:
     """A TPU chain prints one collective in each fusion that carries a piece of it; the first has this custom call."""
-    return any(f"{_CHAIN_ENDS}Start" in each.attributes for each in program.computations[computation].values())
+    return any(f"{CHAIN_ENDS}Start" in each.attributes for each in program.computations[computation].values())
 
 
-def _is_collective(instruction: Instruction) -> bool:
+def is_collective(instruction: Instruction) -> bool:
+    """Whether this instruction begins to send something to other devices."""
     if instruction.op == "custom-call":
-        return _CHAIN_ENDS not in instruction.attributes and bool(_CUSTOM.search(instruction.attributes))
+        return CHAIN_ENDS not in instruction.attributes and bool(_CUSTOM.search(instruction.attributes))
     if instruction.op == "send":  # to the host, unless this is how slices of TPUs reach each other
         return "is_host_transfer=true" not in instruction.attributes or "megascale" in instruction.attributes
     return not instruction.op.endswith(("-done", "-update")) and bool(_COLLECTIVE.search(instruction.op))
 
 
 def _loop(program: Program, how: How, loop: Instruction, times: int | None, state: dict) -> Traffic:
-    check, trip = (_traffic(program, how, callee, (state,)) for callee in called(loop, *_CALLS["while"]))
+    check, trip = (_traffic(program, how, callee, (state,)) for callee in called(loop, *CALLS["while"]))
     if times is not None:
         return _total([(times, trip), (times + 1, check)])
     once = _total([(1, trip), (1, check)])
@@ -139,7 +151,7 @@ def _loop(program: Program, how: How, loop: Instruction, times: int | None, stat
 
 
 def _branches(program: Program, how: How, instruction: Instruction, operands: tuple) -> Traffic:
-    callees = called(instruction, *_CALLS["conditional"])
+    callees = called(instruction, *CALLS["conditional"])
     branches = [_traffic(program, how, callee, (value,)) for callee, value in zip(callees, operands, strict=True)]
     unknown = tuple(doubt for branch in branches for doubt in branch.unknown)
     source = re.search(r'op_name="([^"]*)"', instruction.attributes)
@@ -149,8 +161,10 @@ def _branches(program: Program, how: How, instruction: Instruction, operands: tu
     return max(branches, key=lambda branch: sum(branch.sent.values()))._replace(unknown=unknown)
 
 
-def _message(program: Program, how: How, computation: str, instruction: Instruction) -> Traffic:
+def message(program: Program, how: How, computation: str, instruction: Instruction) -> Traffic:
     """Traffic of one collective operation."""
+    if instruction.op == "send" and "megascale" in instruction.attributes:
+        return _to_slices(program, how, computation, instruction)
     kind = KINDS.get(instruction.op.removesuffix("-start"))
     if kind == "all_reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce_scatter"  # a TPU fusion of this name keeps only its own part of the sum
@@ -171,6 +185,16 @@ def _message(program: Program, how: How, computation: str, instruction: Instruct
     found = Traffic({(named, kind): sent}, {(named, kind): 1}, ())
     doubt = _unknown(instruction, f"its groups of devices, such as {groups[0]}, lie along no axes of {how.axes}")
     return _total([(1, found), (1, doubt)]) if named == "?" else found
+
+
+def _to_slices(program: Program, how: How, computation: str, instruction: Instruction) -> Traffic:
+    """What a slice of TPUs hands to its host, for the same device of the other slices; as large as the text pads it."""
+    size, problem = _payload(program, computation, instruction)
+    type_ = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    kind = BETWEEN.get(type_[1] if type_ else "")
+    if kind is None or problem or how.slices < 2:
+        return _unknown(instruction, f"what goes to other slices cannot be counted; its operands are {size} bytes")
+    return Traffic({(SLICES, kind): wire_bytes(kind, size, how.slices)}, {(SLICES, kind): 1}, ())
 
 
 def _unknown(instruction: Instruction, why: str) -> Traffic:
@@ -201,13 +225,13 @@ def _overlooked(program: Program) -> list[str]:
         if name not in reached:
             reached.add(name)
             for each in program.computations[name].values():
-                waiting += called(each, *_CALLS.get(each.op.removesuffix("-start"), ()))
+                waiting += called(each, *CALLS.get(each.op.removesuffix("-start"), ()))
     found, channels = [], {True: set(), False: set()}
     for name, held in program.computations.items():
-        if name not in reached and any(map(_is_collective, held.values())):
+        if name not in reached and any(map(is_collective, held.values())):
             found.append(f"computation {name}: it has collectives, and how often it runs is not clear; not counted.")
-        pieces = [each.attributes for each in held.values() if _CHAINED in each.attributes]
-        channels[_starts_chain(program, name)].update(re.search(r"channel_id=\d+|$", piece)[0] for piece in pieces)
+        pieces = [each.attributes for each in held.values() if CHAINED in each.attributes]
+        channels[starts_chain(program, name)].update(re.search(r"channel_id=\d+|$", piece)[0] for piece in pieces)
     lost = sorted(channels[False] - channels[True])
     return found + [
         f"collective with {channel}: no fusion begins this chain of fusions; not counted." for channel in lost

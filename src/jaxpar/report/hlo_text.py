@@ -118,11 +118,17 @@ def parse(text: str) -> Program:
 def arrays(shape: str) -> list[Array]:
     """The arrays of a shape, those of a tuple in order; less than 8 bits take a byte, unless packed as in `E(4)`."""
     found = []
-    for dtype, dims, packed in _ARRAY.findall(shape):
+    for dtype, sizes, packed in _ARRAY.findall(shape):
         bits = DTYPE_BITS.get(dtype)
-        entries = math.prod(map(int, re.findall(r"\d+", dims)))
+        entries = math.prod(map(int, re.findall(r"\d+", sizes)))
         found.append(Array(dtype, entries, int(packed) if packed else bits and max(bits, 8)))
     return found
+
+
+def dims(shape: str) -> tuple[int, ...] | None:
+    """The dims of the first array of a shape; None if it has no array."""
+    first = _ARRAY.search(shape)
+    return tuple(map(int, re.findall(r"\d+", first[2]))) if first else None
 
 
 def called(instruction: Instruction, *keys: str) -> list[str]:

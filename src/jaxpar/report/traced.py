@@ -4,11 +4,14 @@ Nothing is compiled, and no device is needed. A pipeline is predicted so: which 
 follows from how their work was cut, which no walk through the layers alone can tell.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
+from math import prod
 
-import jax
-
+from jaxpar.core.walk import Shares, visits
 from jaxpar.plan.wire import Line
+from jaxpar.step.parts import Parts
+from jaxpar.step.rehearsal import shares
 
 KINDS = {
     "all_gather": "all_gather",
@@ -22,55 +25,36 @@ KINDS = {
     "ppermute": "permute",
     "all_to_all": "all_to_all",
 }
-Shares = Callable[[str, int], list[float] | None]
 
 
-def lines(jaxpr, sizes: Mapping[str, int], shares: Shares, times: float = 1.0) -> Iterator[Line]:
+def lines(jaxpr, sizes: Mapping[str, int], shares: Shares) -> Iterator[Line]:
     """One line for each collective in a jaxpr and the jaxprs within it.
 
     Args:
         jaxpr: traced inside `jax.shard_map`, or around one.
         sizes: mesh axes and their sizes, major first.
-        shares: `shares(scope, branches)`: of a switch under the name scope, how often each branch is taken, as a share
-            of all; None if it is not known: then the branch that sends most counts.
-        times: how often the whole runs.
+        shares: how often each branch of a switch is taken, as of `walk.visits`.
     """
-    for equation in jaxpr.eqns:
-        name, scope = equation.primitive.name, str(equation.source_info.name_stack)
-        if name in KINDS:
-            named = equation.params.get("axes", equation.params.get("axis_name"))
-            axes = tuple(axis for axis in sizes if axis in ((named,) if isinstance(named, str) else named))
-            for operand in equation.invars if axes else ():
-                held = operand.aval.size * operand.aval.dtype.itemsize
-                yield Line(scope, "", KINDS[name], axes, _group(sizes, axes), held, times)
-        elif name == "cond":
-            yield from _branches(equation, sizes, shares, times)
-        else:
-            trips = equation.params["length"] if name == "scan" else 1
-            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
-                if _is_jaxpr(inner):
-                    yield from lines(getattr(inner, "jaxpr", inner), sizes, shares, times * trips)
+    for equation, times in visits(jaxpr, partial(_bytes, sizes), shares):
+        yield from _lines(equation, sizes, times)
 
 
-def _branches(equation, sizes: Mapping[str, int], shares: Shares, times: float) -> Iterator[Line]:
-    branches = equation.params["branches"]
-    known = shares(str(equation.source_info.name_stack), len(branches))
-    found = [
-        list(lines(branch.jaxpr, sizes, shares, times * (known[n] if known else 1)))
-        for n, branch in enumerate(branches)
-    ]
-    if known:
-        yield from (line for branch in found for line in branch if line.times)
-    else:
-        yield from max(found, key=lambda branch: sum(line.bytes for line in branch))
+def shares_of(parts: Parts) -> list[Shares]:
+    """For each device of the axis `pipe`, how often it takes which branch."""
+    pipeline = parts.pipeline
+    played = pipeline.table, pipeline.division.stages, pipeline.storage
+    return [shares(*played, device) for device in range(pipeline.table.devices)]
 
 
-def _group(sizes: Mapping[str, int], axes) -> int:
-    product = 1
-    for axis in axes:
-        product *= sizes[axis]
-    return product
+def _lines(equation, sizes: Mapping[str, int], times: float = 1.0) -> Iterator[Line]:
+    name, scope = equation.primitive.name, str(equation.source_info.name_stack)
+    if name in KINDS:
+        named = equation.params.get("axes", equation.params.get("axis_name"))
+        axes = tuple(axis for axis in sizes if axis in ((named,) if isinstance(named, str) else named))
+        for operand in equation.invars if axes else ():
+            held = operand.aval.size * operand.aval.dtype.itemsize
+            yield Line(scope, "", KINDS[name], axes, prod(sizes[axis] for axis in axes), held, times)
 
 
-def _is_jaxpr(value) -> bool:
-    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+def _bytes(sizes: Mapping[str, int], equation) -> float:
+    return sum(line.bytes for line in _lines(equation, sizes))

@@ -98,9 +98,10 @@ def play(score: Score, params: Tree, extra: Tree, batch: tuple, *, learn: bool =
         for kind in score.table.kinds:
             if active[kind] != [0]:
                 at = {name: here[column] for (of, name), column in columns.items() if of == kind}
+                came = {name: _get(carry.pools[name][0], at[name]) for name in came_of(score, kind)}
                 branches = [_branch(score, kind, role - 1, shelves, params, batch) for role in active[kind]]
                 with jax.named_scope(SCOPE + kind):
-                    done = _chosen(active[kind], at, branches, carry)
+                    done = _chosen(active[kind], branches, at, came, carry)
                 carry, sent[kind] = _noted(carry, kind, done, at)
         for (kind, shift), pairs in _channels(score.table).items():
             message = lax.ppermute(sent[kind], PIPE, pairs) if shift else sent[kind]
@@ -193,12 +194,12 @@ def _pools(score: Score, shelves: dict[str, Shelves], columns, rows) -> dict[str
     return messages | kept
 
 
-def _chosen(active: list[int], at: dict, branches: list[Callable], carry: Carry) -> dict:
+def _chosen(active: list[int], branches: list[Callable], at: dict, came: dict, carry: Carry) -> dict:
     """What the branch of this device's role does."""
     if len(branches) == 1:
-        return branches[0](carry, at)
+        return branches[0](carry, at, came)
     index = jnp.asarray(np.searchsorted(active, np.arange(active[-1] + 1)))[at["role"]]
-    return lax.switch(index, branches, carry, at)
+    return lax.switch(index, branches, carry, at, came)
 
 
 def _noted(carry: Carry, kind: str, done: dict, at: dict) -> tuple[Carry, Any]:
@@ -213,7 +214,7 @@ def _noted(carry: Carry, kind: str, done: dict, at: dict) -> tuple[Carry, Any]:
 
 
 def _branch(score: Score, kind: str, role: int, shelves: dict[str, Shelves], params: Tree, batch: tuple) -> Callable:
-    """What a device of one role, or of none (-1), does in a tick: `branch(carry, at) -> changes`."""
+    """What a device of one role, or of none (-1), does in a tick: `branch(carry, at, came) -> changes`."""
     makes = frozenset().union(*(works[kind].makes for works in score.works if kind in works))
     own_shelves = shelves.get(kind, Shelves([], []))
 
@@ -224,10 +225,10 @@ def _branch(score: Score, kind: str, role: int, shelves: dict[str, Shelves], par
         done |= {"loss": carry.loss} if "loss" in makes else {}
         return done | ({"extra": carry.extra} if makes & {"forward", "backward"} else {})
 
-    def act(carry: Carry, at: dict) -> dict:
+    def act(carry: Carry, at: dict, came: dict) -> dict:
         done, stage, work = idle(carry), score.roles[role].stage, score.works[role][kind]
         rows, firsts = (_of_stage(score, role, at["stage"], field) for field in ("row", "first"))
-        given = given_of(score, role, kind, (params, carry.extra, batch), carry.pools, (at, rows, firsts))
+        given = given_of(score, role, (params, carry.extra, batch), came, (at, rows, firsts))
         held = [
             _held(carry.pools, before, shelves[before].of[role], at) if KINDS.index(kind) > KINDS.index(before) else []
             for before in KEEPS
@@ -246,22 +247,29 @@ def _branch(score: Score, kind: str, role: int, shelves: dict[str, Shelves], par
         ]
         return done | ({"extra": stages.put(stage, carry.extra, merged(*new), rows)} if "extra" in done else {})
 
-    return (lambda carry, at: idle(carry)) if role < 0 else act
+    return (lambda carry, at, came: idle(carry)) if role < 0 else act
 
 
-def given_of(score: Score, role: int, kind: str, arrays: tuple, pools: dict, where: tuple) -> Given:
-    """What a piece of work reads: parameters, state and batch, and from the pools what came from other stages."""
+def came_of(score: Score, kind: str) -> list[str]:
+    """The pools of messages that a kind of work reads.
+
+    They are read before the branch is taken: XLA copies a pool that a branch reads and the tick changes afterwards.
+    """
+    return [] if score.boundary is None else ["x"] if kind == "F" else ["x", "seed"]
+
+
+def given_of(score: Score, role: int, arrays: tuple, came: dict, where: tuple) -> Given:
+    """What a piece of work reads: parameters, state and batch, and the messages that `came` from other stages."""
     (params, extra, batch), (at, rows, firsts) = arrays, where
     takes, last, stage = score.roles[role].takes, score.roles[role].last, score.roles[role].stage
     forward, backward = halves(stages.extra_of(stage, extra, rows))
-    seed = compat.vary(jnp.ones(score.loss.shape, score.loss.dtype), compat.varying_axes(score.loss)) if last else None
-    if not last:
-        seed = score.boundary.nothing() if kind == "F" else _get(pools["seed"][0], at["seed"])
+    one = jnp.ones(score.loss.shape, score.loss.dtype)
+    seed = compat.vary(one, compat.varying_axes(score.loss)) if last else came.get("seed", score.boundary.nothing())
     return Given(
         own=stages.params_of(stage, params, rows),
         forward=forward,
         backward=backward,
-        x=() if takes is None else _get(pools["x"][0], at["x"]),
+        x=() if takes is None else came["x"],
         data=tuple(_get(leaf, at["microbatch"]) for leaf in batch),
         place=(jnp.int32(at["microbatch"]), tuple(firsts)),
         seed=seed,

@@ -1,7 +1,7 @@
 """From a recipe to compiled functions: the state at birth, one update, one evaluation."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -53,10 +53,15 @@ class Program(NamedTuple):
     gradients: Callable
 
 
-def program(parts: Parts) -> Program:
-    """Lay the model out over the devices of its plan and put the step together."""
+def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Program:
+    """Lay the model out over the devices of its plan and put the step together.
+
+    Args:
+        parts: of the run.
+        devices: as many as the plan takes; they may be only described, to lower and compile for. None: those here.
+    """
     placement, model = parts.settings.placement, parts.model
-    mesh = meshes.mesh_of(placement.scheme.axes)
+    mesh = meshes.mesh_of(placement.scheme.axes, devices)
     settings, spread = partition(parts.partition, parts.settings, mesh)
     param_specs, extra_specs = (meshes.parameter_specs(placement, dims) for dims in model.dims)
     batch_specs = _batch_specs(placement, parts)

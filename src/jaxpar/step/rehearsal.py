@@ -82,17 +82,36 @@ def shares(table: Timetable, cut: Sequence[Stage], storage: str, device: int) ->
     Returns:
         `shares(scope, branches)`: None for a switch that is none of the timetable's; `scope` is where it stands.
     """
+    together = branches(table, cut, storage)
+
+    def of(scope: str, count: int) -> list | None:
+        taken = together(scope, count)
+        return None if taken is None else [float((taken[:, device] == branch).mean()) for branch in range(count)]
+
+    return of
+
+
+def branches(table: Timetable, cut: Sequence[Stage], storage: str) -> Callable[[str, int], np.ndarray | None]:
+    """Which branch of the switches that play a timetable each device of `pipe` takes, `[ticks, devices]`.
+
+    Args:
+        table, cut, storage: as of `score` and `Manner`.
+
+    Returns:
+        `branches(scope, count)`: None for a switch that is none of the timetable's; `scope` is where it stands.
+    """
     roles, role_of = _roles(cut, [None] * len(cut))
     first = [{"F"} if storage == "residual" or not role.last else set() for role in roles]
     columns, rows = executor.columns_of(table, role_of, [one | set(table.kinds[1:]) for one in first])
     found = {}
     for kind in table.kinds:
         taken = rows[..., columns[kind, "role"]]
-        found[kind] = [float((taken[:, device] == role).mean()) for role in np.unique(taken)]
+        known, place = np.unique(taken, return_inverse=True)
+        found[kind] = len(known), place.reshape(taken.shape)
 
-    def of(scope: str, branches: int) -> list | None:
+    def of(scope: str, count: int) -> np.ndarray | None:
         kind = re.search(rf"{executor.SCOPE}([FBW])(/cond)?$", scope)
-        return found[kind[1]] if kind and len(found[kind[1]]) == branches else None
+        return found[kind[1]][1] if kind and found[kind[1]][0] == count else None
 
     return of
 
@@ -115,12 +134,10 @@ def _like(score: Score, role: int, local: tuple) -> Given:
     """Arrays like those that the work of a role is given."""
     slots = dict.fromkeys(executor.SLOTS, 0) | {"microbatch": jnp.int32(0), "stage": 0}
     stage = score.roles[role].stage
-    message = [score.boundary.nothing()[None]] if score.boundary else []
+    came = dict.fromkeys(executor.came_of(score, "B"), score.boundary and score.boundary.nothing())
     number = compat.vary(jnp.int32(0), (PIPE,) if score.table.devices > 1 else ())
     firsts = [number for _ in stage]
-    given = executor.given_of(
-        score, role, "B", local, {"x": message, "seed": message}, (slots, [0 for _ in stage], firsts)
-    )
+    given = executor.given_of(score, role, local, came, (slots, [0 for _ in stage], firsts))
     return given._replace(place=(number, tuple(firsts)))
 
 
