@@ -52,9 +52,10 @@ def pairwise():
 
 @pytest.mark.parametrize(("plan", "tied"), [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in pairwise()])
 def test_gradients_are_those_of_one_device(plan, tied):
-    check(
-        variant(GPT, tied=tied), plan if "pipe=4" not in plan or "chunks=2" not in plan else plan.replace("=4", "=2", 1)
-    )
+    if "chunks=2" in plan:
+        plan = plan.replace("pipe=4", "pipe=2")
+    two_stages = "pipe=2" in plan and "chunks=1" in plan
+    check(variant(GPT, layers=3 if two_stages else 5, tied=tied), plan)
 
 
 @pytest.mark.slow
@@ -95,7 +96,10 @@ def test_unequal_parts_and_running_statistics(plan):
 def test_collectives_of_a_tick(schedule, storage):
     """Two permutes in the body of the loop, four for the V; none over `pipe` or `data` in a branch."""
     plan = plan_of("pipe=4,data=2", schedule, storage, microbatches=8)
-    got = check(variant(GPT, layers=8), plan, want=reference(variant(GPT, layers=8)))
+    if schedule == "zero_bubble_v":  # on two devices above
+        got = check(variant(GPT, layers=8), plan)
+    else:
+        got = run(recipe_of(variant(GPT, layers=4, dropout=0.0), plan))
     assert len(re.findall(r" collective-permute(?:-start)?\(", got.text)) == (4 if schedule == "zero_bubble_v" else 2)
     branches = {
         name for found in re.findall(r"branch_computations=\{([^}]*)\}", got.text) for name in found.split(", ")
@@ -149,19 +153,22 @@ def test_a_program_that_is_unrolled_would_be_longer(monkeypatch):
     ],
 )
 def test_predicted_bytes_are_those_of_the_compiled_program(plan):
-    got = run(recipe_of(variant(GPT, layers=4), plan))
+    got = run(recipe_of(variant(GPT, layers=4, dropout=0.0), plan))
     counted, predicted = bill.counted_in(got.parts, got.text), cost_of(account.gradient_lines(got.parts)).sent
     assert not counted.unknown and counted.sent.keys() == predicted.keys()
     assert any("pipe" in axes and kind == "permute" for axes, kind in predicted) == ("pipe" in plan)
     np.testing.assert_allclose([counted.sent[key] for key in predicted], list(predicted.values()), rtol=1e-9)
 
 
-def test_losses_and_evaluation_are_those_of_one_device():
-    model = variant(GPT, layers=4)
+def test_losses_are_those_of_one_device():
+    model = variant(SMALL["mlp"], layers=4, dropout=0.1)
     want, got = (losses(recipe_of(model, plan), 20)[0] for plan in ("data=1", "pipe=4,microbatches=8"))
     assert want[-1] < 0.97 * want[0]
     np.testing.assert_allclose(got, want, rtol=1e-5)
-    found = []
+
+
+def test_evaluation_is_that_of_one_device():
+    model, found = variant(GPT, layers=4), []
     for plan in ("data=1", "pipe=2,data=2,tensor=one_d:2,microbatches=4,schedule=interleaved,chunks=2"):
         recipe = recipe_of(model, plan)
         parts, made = built(recipe)

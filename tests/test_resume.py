@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -211,10 +212,17 @@ def test_a_run_goes_on_under_another_plan(tmp_path):
     assert (moved.folder / "plan.txt").read_text() == f"{SPREAD.plan}\n"
 
 
+@pytest.fixture(scope="module")
+def four_stages(tmp_path_factory):
+    """A folder with a run of four stages that was interrupted, and the same run on one device."""
+    interrupt(PIPED, home := tmp_path_factory.mktemp("four"), 3)
+    return home, fit(replace(PIPED, plan=Plan()), report=quiet())
+
+
 @pytest.mark.parametrize("plan", ["pipe=2,chunks=2,schedule=interleaved,microbatches=2", "data=1"])
-def test_a_run_of_four_stages_goes_on_with_fewer(plan, tmp_path):
-    whole = fit(replace(PIPED, plan=Plan()), report=quiet())
-    interrupt(PIPED, tmp_path, 3)
+def test_a_run_of_four_stages_goes_on_with_fewer(plan, four_stages, tmp_path):
+    before, whole = four_stages
+    shutil.copytree(before, tmp_path, dirs_exist_ok=True)
     moved = fit(replace(PIPED, plan=Plan.parse(plan)), name="run", runs_dir=str(tmp_path), report=quiet())
     assert_equal(moved.losses, whole.losses, tolerance=1e-5)
     assert_equal(moved.held_out, whole.held_out, tolerance=1e-5)
