@@ -24,7 +24,7 @@ QUIET = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # else processes that compile at once exclude each other
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nobody else is to wait for what opens no chip
 }
 EXTRAS = {"tpu": ("aot-tpu", ("libtpu",)), "cuda": ("aot-cuda12", ("jax_cuda12_plugin", "jax_cuda13_plugin"))}
 # How XLA describes a Hopper GPU; without a runtime version it refuses (openxla/xla issue 25910). No tuning on the GPU.
