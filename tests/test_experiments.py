@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from experiments import pipeline_bubbles, pipeline_memory, tensor_parallel
+from experiments import pipeline_bubbles, pipeline_memory, scaling, tensor_parallel
 from jaxpar.cli import parse
 from jaxpar.core import family
 from jaxpar.core.plan import Plan
@@ -98,3 +98,27 @@ def test_pipeline_memory_is_that_of_the_pools(tmp_path, capsys):
 def test_pipeline_memory_of_every_schedule(tmp_path):
     recipe = replace(pipeline_memory.BASE, model=replace(pipeline_memory.BASE.model, width=32, context=8))
     assert len(memory_rows(tmp_path, recipe, microbatches="8,16,32")) == 2 * 3 * 7
+
+
+def test_scaling_predicts_every_kind_of_plan(tmp_path, capsys, monkeypatch):
+    tiny = Model("gpt", layers=4, width=32, heads=8, hidden=64, context=8, vocab=64)
+    monkeypatch.setattr(scaling, "SHAPES", {"tiny": (tiny, 64)})
+    monkeypatch.setattr(scaling, "CLAIMED", replace(tiny, layers=2, width=64, heads=64, hidden=256))
+    monkeypatch.setattr(scaling, "BATCHES", {"T = 64 h": 512, "T = h": 8})
+    monkeypatch.setattr(scaling, "GROUPS", (4, 64))
+    scaling.main(scaling.Options("t", str(tmp_path), devices="8", compiled=1))
+    found = json.loads((tmp_path / "t" / "table.json").read_text())
+    assert {row["kind"] for row in found["rows"]} == set(scaling.families(8)) - {"data x 3-D"}
+    for row in found["rows"]:
+        assert row["plan"] and row["executed"] >= row["model"] > 0 and row["seconds"] > 0 and row["held"] > 0
+        assert needed(Plan.parse(row["plan"])) == row["devices"]
+    (made,) = [row for row in found["rows"] if "compiled" in row]
+    assert made["compiled"]["sent"] == pytest.approx(made["sent"]) and made["compiled"]["executed"] == made["executed"]
+    few, many = dict(found["claims"]["T = h"])[4], dict(found["claims"]["T = 64 h"])[64]
+    assert few["two_d"]["sent"] > few["one_d"]["sent"], "square 2-D loses where tokens are few"
+    assert many["three_d"]["sent"] < many["two_d"]["sent"] < many["one_d"]["sent"]
+    for name in ("plans", "claims"):
+        assert (tmp_path / "t" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "slopes from 16 devices on" in capsys.readouterr().out
+    with pytest.raises(Refused, match=r"shapes = tinier.*\n.*devices = 7.*\n.*compiled = -1"):
+        scaling.chosen(scaling.Options(shapes="tinier", devices="7", compiled=-1))
