@@ -6,10 +6,10 @@ The same GPT, AdamW and clipping, compiled ahead of time for TPUs and GPUs in tw
     twin     the step of this file: plain functions under `jax.jit`, layouts as sharding constraints, collectives by XLA
 
 Both scan over equal blocks, in float32, without rematerialization, with XLA's attention. What stands in the table is
-read from the two compiled programs, none of which ran: bytes that a device sends, flops, memory, the share of bytes that
-travel while the device computes, and where the compiler counts cycles the estimated step and what of it is waiting for
-others. On TPUs these estimates rank two programs for one chip, no more; for GPUs XLA states no cycles, and nothing is
-autotuned. Ratios are jaxpar / twin: below 1 is better, for overlap above.
+read from the two compiled programs, none of which ran: bytes that a device sends, flops, memory, the share of bytes
+that travel while the device computes, and where the compiler counts cycles the estimated step and what of it is waiting
+for others. On TPUs these estimates rank two programs for one chip, no more; for GPUs XLA states no cycles, and nothing
+is autotuned. Ratios are jaxpar / twin: below 1 is better, for overlap above.
 
 Expect: bytes at most those of the twin, since gradients are reduce-scattered where XLA's partitioner sums whole ones;
 flops and memory alike. Needs `pip install 'jaxpar[aot-tpu]'` for TPUs and `jaxpar[aot-cuda12]` for GPUs: what is not
@@ -19,7 +19,6 @@ installed is left out, and said. Twenty minutes on 2 cores.
     python -m benchmarks.aot --cases 0,1
 """
 
-import functools
 import json
 import time
 from dataclasses import dataclass
@@ -82,10 +81,8 @@ def block(params, x, heads: int, inner):
     """Attention and MLP, each behind a norm and beside a residual; `inner` holds activations between two products."""
     params, branch = params["mlp"], params["attention"]
     h = normed(branch["norm"], x)
-    q, k, v = (
-        inner(affine(branch["attention"][name], h)).reshape(*x.shape[:2], heads, -1)
-        for name in ("query", "key", "value")
-    )
+    wide = (inner(affine(branch["attention"][name], h)) for name in ("query", "key", "value"))
+    q, k, v = (one.reshape(*x.shape[:2], heads, -1) for one in wide)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
     mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)), v)
@@ -96,10 +93,8 @@ def block(params, x, heads: int, inner):
 
 def twin(recipe: Recipe, made, optimizer):
     """The step by hand, jitted for the mesh of `made`, and the shapes that it takes: (step, state, batch)."""
-    mesh, plan = made.mesh, recipe.plan
-    data, heads = ("data", "shard"), recipe.model.heads
-    rows = tuple(axis for axis in mesh.axis_names if axis in data)
-    hold = functools.partial(jax.lax.with_sharding_constraint)
+    mesh, heads, hold = made.mesh, recipe.model.heads, jax.lax.with_sharding_constraint
+    rows = tuple(axis for axis in mesh.axis_names if axis in ("data", "shard"))
 
     def over(*axes):
         return NamedSharding(mesh, PartitionSpec(*axes))
@@ -124,13 +119,14 @@ def twin(recipe: Recipe, made, optimizer):
     def gathered(params):  # the weights of one block, or of the ends, whole: fully sharded data parallelism
         return jax.tree.map(lambda leaf: hold(leaf, over()), params) if "shard" in mesh.axis_names else params
 
+    def one(x, own):
+        return hold(block(gathered(own), x, heads, inner), over(rows)), None
+
     def loss(params, batch):
         inputs, labels = batch
         table = gathered(params["tokens"])["table"]
         x = hold(table[inputs] + gathered(params["positions"])["table"], over(rows))
-        x, _ = jax.lax.scan(
-            lambda x, own: (hold(block(gathered(own), x, heads, inner), over(rows)), None), x, params["blocks"]
-        )
+        x, _ = jax.lax.scan(one, x, params["blocks"])
         logits = normed(gathered(params["norm"]), x) @ table.T
         if "tensor" in mesh.axis_names:
             logits = hold(logits, over(rows, None, "tensor"))
@@ -184,15 +180,8 @@ def figures(found: compiled.Compiled) -> list[float | None]:
     """The columns of the table, as numbers."""
     sent, played = sum(found.sent.values()), found.played
     exposed, seconds = (played.exposed * 1e3, played.seconds * 1e3) if played else (None, None)
-    return [
-        sent / 1e9,
-        found.flops / 1e12,
-        found.held / 1e9,
-        found.beside / sent,
-        exposed,
-        seconds,
-        found.compile_seconds,
-    ]
+    sizes = [sent / 1e9, found.flops / 1e12, found.held / 1e9, found.beside / sent]
+    return [*sizes, exposed, seconds, found.compile_seconds]
 
 
 def written(name: str, found: list[compiled.Compiled]) -> list[tuple[str, ...]]:
