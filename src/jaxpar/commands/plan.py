@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def plan(argv: Sequence[str]) -> None:
     say("\n\n".join([forecast.text(found), *map(str, more.values())]))
     if compile_it:
         say(f"\ncompiling for {where.word if where else str(found['devices']) + ' simulated devices'} ...\n")
-        found = forecast.with_compiled(found, _compiled(parts, where))
+        found = _with_compiled(found, parts, where)
         say(forecast.text(found))
     if shown.json:
         print(json.dumps(found | more))
@@ -116,20 +117,21 @@ def _nothing(words: str) -> None:
     pass
 
 
-def _compiled(parts, where):
-    """What the compiled step says; see `report/compiled.py`."""
-    import time
-
-    from jaxpar.report import compiled
+def _with_compiled(found: dict, parts, where) -> dict:
+    """The forecast, and what the step says that was compiled for a topology or for simulated devices."""
+    from jaxpar.report import compiled, forecast
     from jaxpar.step.program import program
 
     if where:
-        return compiled.compile_for(parts, where)
+        try:
+            return forecast.with_compiled(found, compiled.compile_for(parts, where))
+        except compiled.DoesNotFit as error:
+            return forecast.without_room(found, error)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     made = program(parts)
-    began = time.perf_counter()
-    step = made.step.lower(made.shapes, made.batch).compile()
-    return compiled.read(parts, made, step, time.perf_counter() - began)
+    lowered, began = made.step.lower(made.shapes, made.batch), time.perf_counter()
+    step = lowered.compile()
+    return forecast.with_compiled(found, compiled.read(parts, made, step, time.perf_counter() - began))
 
 
 def _ceilings(found: dict, parts, where, trace, shown: Shown) -> dict:

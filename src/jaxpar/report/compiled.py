@@ -26,6 +26,10 @@ MOVES = ("all_gather", "reduce_scatter", "all_reduce")  # kinds that XLA makes o
 COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-plugin", "jax-cuda13-plugin"), "cpu": ("jaxlib",)}
 
 
+class DoesNotFit(Refused):
+    """The compiler found no way to hold the step in the memory of a device."""
+
+
 class Compiled(NamedTuple):
     """A step as the compiler made it; bytes, flops and seconds are those of one device and one step.
 
@@ -98,7 +102,8 @@ def compile_for(parts: Parts, where: Topology) -> Compiled:
     Takes half a minute or more; nothing is put on any device.
 
     Raises:
-        Refused: if the plan takes another number of devices, the compiler is not installed, or the step does not fit.
+        Refused: if the plan takes another number of devices, or the compiler is not installed.
+        DoesNotFit: if the step asks for more memory than a device has.
     """
     axes = parts.settings.placement.scheme.axes
     if math.prod(axes.values()) != where.count:
@@ -116,7 +121,7 @@ def compile_for(parts: Parts, where: Topology) -> Compiled:
             raise
         said = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
         legal = "a smaller batch or model.context; more microbatches; or a scheme that splits more"
-        raise Refused([Problem("topology", where.word, f"the step does not fit: {said}.", legal)]) from error
+        raise DoesNotFit([Problem("topology", where.word, f"the step does not fit: {said}.", legal)]) from error
     return read(parts, made, step, time.perf_counter() - began, where)
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
+from jaxpar.core.cost import Cost
 from jaxpar.core.makespan import Times, makespan
 from jaxpar.core.plan import Plan
-from jaxpar.report import account, bill, flops, memory
+from jaxpar.report import account, bill, compiled, flops, memory
 from jaxpar.report.columns import aligned
 from jaxpar.report.compiled import Compiled
 from jaxpar.report.topology import Topology
@@ -97,22 +98,23 @@ def with_compiled(found: dict[str, Any], made: Compiled) -> dict[str, Any]:
         "fits": found["fits"] if made.fits is None else made.fits,
         "compiled": own,
     }
-    return found | {"warnings": [*found["warnings"], *made.warnings, *_differences(found)]}
+    return found | {"warnings": [*found["warnings"], *made.warnings, *_differences(found, made)]}
 
 
-def _differences(found: dict[str, Any]) -> list[str]:
+def _differences(found: dict[str, Any], made: Compiled) -> list[str]:
     """One sentence for each figure that is predicted to be one number, and compiled to be another."""
-    said, (predicted, compiled) = [], (found["comm"][name] for name in ("predicted", "compiled"))
-    for axes in sorted({*(predicted or {}), *compiled}) if predicted is not None else ():
-        pairs = predicted.get(axes, {}), compiled.get(axes, {})
-        for kind in sorted({*pairs[0], *pairs[1]}):
-            before, after = (pair.get(kind, 0.0) for pair in pairs)
-            if abs(before - after) > 0.5:
-                said.append(f"{kind} over {axes}: predicted {before:,.0f} bytes, compiled {after:,.0f}")
-    executed = found["flops"]["executed"]
-    if executed and abs(executed - found["flops"]["compiled"]) > 1e-3 * executed:
-        said.append(f"flops: predicted {executed:,.0f}, compiled {found['flops']['compiled']:,.0f}")
+    said, predicted, executed = [], found["comm"]["predicted"], found["flops"]["executed"]
+    if predicted is not None:
+        sent = {(axes, kind): size for axes, kinds in predicted.items() for kind, size in kinds.items()}
+        said += compiled.differences(Cost(sent), made)
+    if executed and abs(executed - made.flops) > 1e-3 * executed:
+        said.append(f"flops: predicted {executed:,.0f}, compiled {made.flops:,.0f}")
     return said
+
+
+def without_room(found: dict[str, Any], error: compiled.DoesNotFit) -> dict[str, Any]:
+    """A forecast of a step that the compiler found no room for."""
+    return found | {"fits": False, "warnings": [*found["warnings"], error.problems[0].rule]}
 
 
 def _pipeline(plan: Plan, parts: Parts) -> dict[str, Any]:
@@ -199,15 +201,15 @@ def _figures(found: dict[str, Any]) -> str:
     return aligned(head, cells, head[2:])
 
 
-def _sent(predicted: dict | None, compiled: dict | None) -> Iterable[tuple]:
-    known = {**(predicted or {}), **(compiled or {})}
+def _sent(predicted: dict | None, after: dict | None) -> Iterable[tuple]:
+    known = {**(predicted or {}), **(after or {})}
     total: list[float | None] = []
-    for one in (predicted, compiled):
+    for one in (predicted, after):
         total.append(None if one is None else sum(sum(kinds.values()) for kinds in one.values()))
     for axes in sorted(known):
-        kinds = sorted({*(predicted or {}).get(axes, {}), *(compiled or {}).get(axes, {})})
+        kinds = sorted({*(predicted or {}).get(axes, {}), *(after or {}).get(axes, {})})
         for kind in kinds:
-            pair = (None if one is None else one.get(axes, {}).get(kind, 0.0) for one in (predicted, compiled))
+            pair = (None if one is None else one.get(axes, {}).get(kind, 0.0) for one in (predicted, after))
             yield (f"bytes sent over {axes}", kind, *pair)
     yield ("bytes sent", "total", *total)
 
