@@ -4,7 +4,7 @@ Everything is predicted from shapes, on a laptop; a few rows are compiled as wel
 to the same bytes and flops. Shapes are GPT-2's of 124M, and Llama-like ones of 1B, 7B and 70B: their widths, heads and
 vocabulary, with two matrices of 3/2 the hidden width for the three of a gated MLP, so the same parameters and flops. A
 step has 0.5M tokens (GPT-2) or 4M, however many devices share them; times are the highest of the three ceilings on a
-TPU v5p, `report/roofline.py`: no step is faster, real ones are slower.
+TPU v5p, `report/ceilings.py`: no step is faster, real ones are slower.
 
 What the papers of 2-D, 2.5-D and 3-D tensor parallelism claim is that their bytes fall with the number of devices p,
 while those of 1-D do not: for a batch that does not grow, 1-D O(1), 2-D O(p^-1/2), 2.5-D less, 3-D O(p^-2/3). The other
@@ -149,7 +149,7 @@ def parts_of(model: Model, batch: int, plan: str):
 
 def measure(kind: str, model: Model, batch: int, plans: list[str], count: int) -> dict:
     """One row: what the first legal plan comes to on so many TPUs v5p, or why there is none."""
-    from jaxpar.report import forecast, roofline, topology
+    from jaxpar.report import ceilings, forecast, topology
     from jaxpar.step.program import traced
 
     refused = None
@@ -161,11 +161,11 @@ def measure(kind: str, model: Model, batch: int, plans: list[str], count: int) -
             continue
         where, trace = topology.parse(f"v5p:{TORI[count]}"), traced(parts)
         found = forecast.forecast(Plan.parse(plan), parts, where, trace)
-        roof = roofline.roof(found, parts, where, trace)
+        roof = ceilings.roof(found, parts, where, trace)
         row = {"kind": kind, "plan": plan, "sent": roof.sent, "held": found["memory"]["predicted"]["total"]}
         row |= {"executed": roof.flops, "model": found["flops"]["model"], "bubble": found["bubble"]}
         row |= {"seconds": roof.seconds / (1 - found["bubble"]), "bound": roof.bound, "fits": found["fits"]}
-        return row | {"comm": found["comm"]["predicted"], "roof": roofline.as_json(roof)}
+        return row | {"comm": found["comm"]["predicted"], "roof": ceilings.as_json(roof)}
     return {"kind": kind, "plan": None, "refused": f"{refused.field}: {refused.rule}" if refused else "no such mesh"}
 
 

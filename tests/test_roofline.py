@@ -5,7 +5,7 @@ import pytest
 from harness import SMALL, built, recipe_of
 
 from jaxpar.core import products
-from jaxpar.report import efficiency, forecast, roofline, topology
+from jaxpar.report import ceilings, efficiency, forecast, roofline, topology
 from jaxpar.report.compiled import rates_of
 from jaxpar.step.program import traced
 
@@ -15,7 +15,7 @@ def roof_of(plan, word):
     (parts, _), where = built(recipe), topology.parse(word)
     trace = traced(parts)
     found = forecast.forecast(recipe.plan, parts, where, trace)
-    return found, roofline.roof(found, parts, where, trace), where
+    return found, ceilings.roof(found, parts, where, trace), where
 
 
 def test_ceilings_are_amounts_over_rates(tmp_path):
@@ -29,12 +29,12 @@ def test_ceilings_are_amounts_over_rates(tmp_path):
         roof.sent / sum(seconds)
     )
     assert roof.bound == "communication" and roof.seconds == roof.communication, "a toy model sends too much"
-    assert roofline.as_json(roof)["bound"] == "communication" and "bound by communication" in roofline.text(roof)
+    assert ceilings.as_json(roof)["bound"] == "communication" and "bound by communication" in ceilings.text(roof)
     alone = roof_of("data=1", "v5e:1x1")[1]
     assert alone.sent == alone.communication == 0 and alone.link_rate is None and alone.bound == "memory"
     assert roofline.picture(tmp_path / "roof.png", [roof, alone]).read_bytes().startswith(b"\x89PNG")
     fast = alone._replace(traffic=alone.traffic / 1e6, memory=alone.memory / 1e6)
-    assert fast.bound == "arithmetic" and "at most 100% of peak" in roofline.text(fast)
+    assert fast.bound == "arithmetic" and "at most 100% of peak" in ceilings.text(fast)
 
 
 def test_a_product_moves_its_operands_and_its_result():

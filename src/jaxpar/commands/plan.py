@@ -136,16 +136,18 @@ def _with_compiled(found: dict, parts, where) -> dict:
 
 def _ceilings(found: dict, parts, where, trace, shown: Shown) -> dict:
     """What bounds the step on the topology, if there is one."""
-    from jaxpar.report import roofline
+    from jaxpar.report import ceilings
 
     if where is None or trace is None:
         if shown.roofline:
             rule = "needs devices of a known kind, and a plan that is not partition=auto."
             raise Refused([Problem("roofline", shown.roofline, rule, "--topology v5e:2x4")])
         return {}
-    roof = roofline.roof(found, parts, where, trace)
-    made = {"ceilings": roofline.as_json(roof) if shown.json else roofline.text(roof)}
+    roof = ceilings.roof(found, parts, where, trace)
+    made = {"ceilings": ceilings.as_json(roof) if shown.json else ceilings.text(roof)}
     if shown.roofline:
+        from jaxpar.report import roofline
+
         drawn = functools.partial(roofline.picture, roofs=[roof])
         made["roofline"] = _drawn("roofline", shown.roofline, drawn)
     return made
@@ -153,12 +155,18 @@ def _ceilings(found: dict, parts, where, trace, shown: Shown) -> dict:
 
 def _more(plan, parts, trace, shown: Shown) -> dict:
     """What was asked for besides the figures: text, or where a picture lies."""
-    from jaxpar.report import explain, forecast, layouts, timetables
+    from jaxpar.report import forecast
 
     order, axes, made = parts.pipeline.table.order, parts.settings.placement.scheme.axes or {"data": 1}, {}
     if shown.explain:
+        from jaxpar.report import explain
+
         found = explain.rows(parts, trace, forecast.TIMES)
         made["explain"] = explain.as_json(found) if shown.json else explain.text(found)
+    if shown.timetable or shown.picture:
+        from jaxpar.report import timetables
+    if shown.layout or shown.layout_picture:
+        from jaxpar.report import layouts
     if shown.timetable:
         made["timetable"] = timetables.text(order, forecast.TIMES)
     if shown.layout:
