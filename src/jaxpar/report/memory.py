@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 
@@ -9,9 +10,10 @@ from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Problem
 from jaxpar.plan import layout, padding
 from jaxpar.plan.layout import Placement
-from jaxpar.report import machine
+from jaxpar.core.types import State
+from jaxpar.report import liveness, machine
 from jaxpar.step.parts import Parts
-from jaxpar.step.program import Program, optimizer_places
+from jaxpar.step.program import Program, optimizer_places, traced, updated
 
 
 def held(parts: Parts) -> dict[str, int]:
@@ -37,6 +39,33 @@ def held(parts: Parts) -> dict[str, int]:
         "other state": _bytes(placement, model.dims[1], extra) + sum(map(_size, jax.tree.leaves(comm))),
         "batch": sum(_size(a) // rows for a in (parts.inputs, parts.labels)),
     }
+
+
+def predicted(parts: Parts) -> dict:
+    jaxpr = traced(parts)
+    spread = next(one for one in jaxpr.eqns if one.primitive.name == "shard_map")
+    inside = spread.params["jaxpr"]
+    inside = getattr(inside, "jaxpr", inside)
+    like = jax.eval_shape(lambda: parts.model.init(jax.random.key(0)))
+    like = (0.0, *like, jax.eval_shape(parts.reducer.init, like[0]))
+    found = jax.tree.unflatten(jax.tree.structure(like), [_plain(var) for var in inside.outvars])
+    state = State(_plain(jaxpr.invars[-1]), *found[1:3], jax.eval_shape(parts.optimizer.init, found[1]), found[3])
+    then = jax.make_jaxpr(partial(updated, parts.optimizer))(found, state).jaxpr
+    results, old = len(inside.outvars), [*jaxpr.invars]
+    leaves = [len(jax.tree.leaves(one)) for one in state]
+    place = {var: results + n for n, var in enumerate(spread.invars) if not hasattr(var, "val")}
+    own = [jaxpr.invars[-1], *jaxpr.invars[: sum(leaves[1:3])], *[None] * leaves[3], *jaxpr.invars[sum(leaves[1:3]):][:leaves[4]]]
+    feeds = [*range(results), *(place.get(var) for var in own)]
+    aliases = [(results + n, n) for n in range(sum(leaves))]
+    peak = liveness.peak(inside, then, feeds, aliases)
+    known = held(parts)
+    rest = {"parameters": known["parameters"], "gradients": known["gradients"], "optimizer": known["optimizer"], "state": known["other state"], "batch": known["batch"]}
+    total = sum(rest.values()) - known["gradients"] + peak.bytes
+    return {**rest, "activations": peak.kept, "transient": peak.bytes - peak.kept, "total": total, "at": peak.at}
+
+
+def _plain(var):
+    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
 def available(device: jax.Device, devices: int) -> int | None:
