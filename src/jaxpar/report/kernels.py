@@ -31,6 +31,8 @@ FILLED = {"broadcast_in_dim", "iota", "full", "empty"}
 REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin"}
 STACKED = "stacked"  # our name for writing a result of one trip of a loop among those of the others
 
+FUSING = ELEMENTWISE | REDUCTIONS | {STACKED}
+
 
 class Op(NamedTuple):
     """One operation: its name, the values it reads and makes, its equation, and whether it is of the backward pass."""
@@ -229,12 +231,12 @@ def _within(graph: Graph, results: set[int], made: dict[int, int]) -> list[froze
             within[number] = own
             continue
         using = set().union(*(readers.get(one, ()) for one in op.makes))
-        fusing = {n for n in using if ops[n].name in ELEMENTWISE or ops[n].name in REDUCTIONS or ops[n].name == STACKED}
+        fusing = {n for n in using if ops[n].name in FUSING}
+        filled = op.name in FILLED
+        if filled and op.reads and len(using) > 1:  # with a batched product go the operations on it, not what they read
+            fusing = {n for n in fusing if not _after_product(graph, made, ops[n])}
         into = frozenset().union(*(within[n] for n in fusing))
         stored = fusing != using or not results.isdisjoint(op.makes)
-        filled = op.name in FILLED
-        if filled and op.reads and len(using) > 1 and any(_after_product(graph, made, ops[n]) for n in using):
-            stored = True  # what follows a batched product is one kernel with it, which takes no broadcast from outside
         sums = {n for n in into if ops[n].name in REDUCTIONS}
         if sums and not filled and (stored or len(into) > 1):
             into, stored = into - sums, True

@@ -122,7 +122,9 @@ def _spans(graph: Graph, made: Kernels, order: list[int], ends: tuple, extra: li
             if one not in made.made:
                 born.setdefault(one, 0)
         born.update(dict.fromkeys(graph.ops[kernel].makes, tick))
-    last.update(dict.fromkeys(results, len(order)))
+    for one in results:
+        last[one] = len(order)
+        born.setdefault(one, 0)
     dead = {one: last.get(one, at) + 1 for one, at in born.items()}
     for tick, kernel in enumerate(order):
         op = graph.ops[kernel]
