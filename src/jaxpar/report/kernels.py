@@ -104,7 +104,12 @@ def flatten(graph: Graph, jaxpr, given: Sequence[int], backward: bool = False) -
     env.update({var: value(graph, var.aval) for var in jaxpr.constvars})
 
     def of(var):
-        return value(graph, var.aval) if hasattr(var, "val") else env[var]
+        if not hasattr(var, "val"):
+            return env[var]
+        key = "literal", str(var.val), str(var.aval)
+        if key not in graph.known:
+            graph.known[key] = (value(graph, var.aval),)
+        return graph.known[key][0]
 
     for equation in jaxpr.eqns:
         name, inner = equation.primitive.name, jaxprs_of(equation)

@@ -121,7 +121,10 @@ def _spans(graph: Graph, made: Kernels, order: list[int], ends: tuple, extra: li
             last[one] = tick
             if one not in made.made:
                 born.setdefault(one, 0)
-        born.update(dict.fromkeys(graph.ops[kernel].makes, tick))
+        op = graph.ops[kernel]
+        born.update(dict.fromkeys(op.makes, tick))
+        if op.name == "scan":  # what each trip adds to is made first of all: as zeros, which wait for nothing
+            born.update(dict.fromkeys(op.makes[op.equation.params["num_carry"] :], 0))
     for one in results:
         last[one] = len(order)
         born.setdefault(one, 0)
