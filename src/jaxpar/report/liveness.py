@@ -218,7 +218,8 @@ def _kept(graph: Graph, made: Kernels) -> int:
 
 def _inside(op: Op) -> tuple[int, int]:
     """Bytes that a loop or branch takes beyond what it reads and makes, and what it keeps for backward operations."""
-    found = [_trip(op.equation)] if op.name == "scan" else [_branch(one) for one in jaxprs_of(op.equation)]
+    own = op.equation.primitive.name == op.name
+    found = [_trip(op.equation)] if op.name == "scan" else [_branch(one) for one in jaxprs_of(op.equation) if own]
     return max((one.bytes for one in found), default=0), max((one.kept for one in found), default=0)
 
 
