@@ -158,10 +158,20 @@ def _lowered(graph: Graph, name: str, reads: list, equation, backward: bool) -> 
     if name == "dot_general":
         reads = [_in_order(graph, read, side, equation, backward) for side, read in enumerate(reads)]
     own = tuple(read for read in reads if read is not None)
+    if _across(equation):  # parts are joined and shared out along the outermost dim: copied into that order and back
+        own = tuple(add(graph, "transpose", (read,), equation, backward, (var.aval,), "in") [0] for read, var in zip(own, equation.invars, strict=True))
+        (made,) = add(graph, name, own, equation, backward, None, str(equation.params))
+        return add(graph, "transpose", (made,), equation, backward, (out,), "out")
     if name == "erfc":  # two quotients and an exponential, each read twice by a polynomial
         own += tuple(add(graph, part, own, equation, backward, (out,), part)[0] for part in ("exp", "log", "log1p"))
     literals = tuple(str(var.val) if hasattr(var, "val") else "" for var in equation.invars)
     return add(graph, name, own, equation, backward, None, literals, str(equation.params))
+
+
+def _across(equation) -> bool:
+    """Whether an operation joins or shares out the parts of a dim that is not the outermost."""
+    dim = equation.params.get("all_gather_dimension", equation.params.get("scatter_dimension", 0))
+    return math.prod(equation.invars[0].aval.shape[:dim]) > 1 if equation.invars and dim else False
 
 
 MOVES = {"gather", "dynamic_slice", "concatenate", "pad", "select_n", "split", "stack"}

@@ -5,7 +5,8 @@ looked into once, however often it runs.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from jax.core import ShapedArray
@@ -14,37 +15,48 @@ from jaxpar.report.kernels import ELEMENTWISE, REDUCTIONS, STACKED, Graph, Kerne
 from jaxpar.report.kernels import kernels as kernels_of
 from jaxpar.report.kernels import value
 
-IN_PLACE = ELEMENTWISE | REDUCTIONS | {"dynamic_update_slice", "scatter", "scatter-add", "psum", "psum_invariant", "pmax"}
+IN_PLACE = ELEMENTWISE - {"transpose", "gather", "rev"} | REDUCTIONS | {"dynamic_update_slice", "scatter", "scatter-add", "psum", "psum_invariant", "pmax"}
 
 
 class Peak(NamedTuple):
     """Bytes of one device while a program runs, besides what it is given.
 
     Attributes:
-        bytes: the most there is at once.
+        bytes: how much memory it needs.
         kept: of what forward operations make for backward ones.
-        at: the name of the operation that runs when most is there.
-        live: what is there then: (bytes, name of the operation that made it), largest first.
+        live: what is there when most is there: (bytes, name of the operation that made it), largest first.
     """
 
     bytes: int
     kept: int
-    at: str
     live: tuple[tuple[int, str], ...]
 
 
-class Spans(NamedTuple):
-    """When values are in memory, in kernels since the start.
+class Block(NamedTuple):
+    """A piece of memory: its bytes, the first moment at which it is needed, the first after it, and who made it."""
 
-    Attributes:
-        born: the first kernel of each value's life.
-        dead: the first kernel after it.
-        extra: bytes that each kernel takes while it runs, beyond what it reads and makes.
-    """
+    size: int
+    born: int
+    dead: int
+    name: str
 
+
+class Run(NamedTuple):
+    """A program as it runs: the blocks that it needs, how many moments it takes, and bytes kept for backward ones."""
+
+    blocks: list[Block]
+    length: int
+    kept: int
+
+
+class Moments(NamedTuple):
+    """When things are, in moments since the start: of each kernel in order, how long it takes, and of each value."""
+
+    order: list[int]
+    start: dict[int, int]
+    length: dict[int, int]
     born: dict[int, int]
     dead: dict[int, int]
-    extra: list[int]
 
 
 def peak(jaxpr, then=None, feeds: Sequence[int | None] = (), aliases: Sequence[tuple[int, int]] = ()) -> Peak:
@@ -65,29 +77,38 @@ def peak(jaxpr, then=None, feeds: Sequence[int | None] = (), aliases: Sequence[t
         given = [value(graph, var.aval) if n is None else linked[n] for n, var in zip(feeds, then.invars, strict=True)]
         results = flatten(graph, then, given, True)
     homes = {results[result]: given[argument] for argument, result in aliases}
-    return _peak(graph, {*old, *given}, results, homes)
+    run = _run(graph, {*old, *given}, results, homes, donated=True)
+    size, blocks = _packed(run.blocks)
+    change: dict[int, int] = {}
+    for block in blocks:
+        for moment, more in ((block.born, block.size), (block.dead, -block.size)):
+            change[moment] = change.get(moment, 0) + more
+    most = max(accumulate(change[moment] for moment in sorted(change)), default=0)
+    return Peak(size, run.kept, tuple((block.size, block.name) for block in blocks) if most else ())
 
 
-def _peak(graph: Graph, outside: set[int], results: Sequence[int], homes: dict[int, int]) -> Peak:
-    """Of a graph; `outside` is not counted, `homes` says which results are written to where an argument lies."""
+def _run(graph: Graph, outside: set[int], results: Sequence[int], homes: dict[int, int], donated: bool = False) -> Run:
+    """Of a graph; `outside` takes no memory, `homes` says which results are written to where an argument lies."""
     made = kernels_of(graph, set(results))
-    order = _order(made)
-    within = [_inside(graph.ops[kernel]) for kernel in order]
-    spans = _spans(graph, made, order, (outside, results), [extra for extra, _ in within])
-    copies = _copies(graph, made, order, spans, homes)
-    for one in outside - set(copies.values()):
-        spans.born.pop(one, None)
-    guests = _guests(graph, spans, homes, copies)
-    counted = [one for one in spans.born if one not in guests and one not in homes]
-    bytes_, tick = _most(graph, spans, counted)
+    inside = {kernel: _inside(graph.ops[kernel]) for kernel in made.numbers}
+    when = _moments(graph, made, inside, (outside, results))
+    copies = _copies(graph, made, when, homes)
     names = {one: graph.ops[n].name for one, n in made.made.items()}
-    live = sorted(
-        ((graph.sizes[one], names.get(one, "copy")) for one in counted if spans.born[one] <= tick < spans.dead[one]),
-        reverse=True,
-    )
-    at = graph.ops[order[tick]].name if order else ""
-    kept = _kept(graph, made) + max((kept for _, kept in within), default=0)
-    return Peak(bytes_, kept, at, tuple(live))
+    blocks = [
+        Block(graph.sizes[one], born, when.dead[one], names.get(one, "copy"))
+        for one, born in when.born.items()
+        if one not in homes and (one not in outside or one in copies.values())
+    ]
+    for kernel, run in inside.items():
+        blocks += [one._replace(born=one.born + when.start[kernel], dead=one.dead + when.start[kernel]) for one in run.blocks]
+    places = {
+        argument: (graph.sizes[argument], [(when.born[result], when.dead[result])])
+        for result, argument in homes.items()
+        if argument in copies and donated
+    }
+    blocks = _without_guests([block for block in blocks if block.size and block.dead > block.born], places)
+    length = sum(when.length.values())
+    return Run(blocks, length, _kept(graph, made) + max((run.kept for run in inside.values()), default=0))
 
 
 def _order(made: Kernels) -> list[int]:
@@ -112,32 +133,32 @@ def _order(made: Kernels) -> list[int]:
     return order
 
 
-def _spans(graph: Graph, made: Kernels, order: list[int], ends: tuple, extra: list[int]) -> Spans:
+def _moments(graph: Graph, made: Kernels, inside: dict[int, Run], ends: tuple) -> Moments:
     """When each value is there; one that ends where another of its size is made in place of it ends before that."""
-    outside, results = ends
-    born, last = {}, {}
-    for tick, kernel in enumerate(order):
+    (outside, results), order = ends, _order(made)
+    length = {kernel: 1 + inside[kernel].length for kernel in order}
+    start = dict(zip(order, accumulate((length[kernel] for kernel in order), initial=0), strict=False))
+    born, last = dict.fromkeys(results, 0), {}
+    for kernel in order:
         for one in made.reads[kernel]:
-            last[one] = tick
+            last[one] = start[kernel] + length[kernel]
             if one not in made.made:
                 born.setdefault(one, 0)
         op = graph.ops[kernel]
-        born.update(dict.fromkeys(op.makes, tick))
+        born.update(dict.fromkeys(op.makes, start[kernel]))
         if op.name == "scan":  # what each trip adds to is made first of all: as zeros, which wait for nothing
             born.update(dict.fromkeys(op.makes[op.equation.params["num_carry"] :], 0))
-    for one in results:
-        last[one] = len(order)
-        born.setdefault(one, 0)
-    dead = {one: last.get(one, at) + 1 for one, at in born.items()}
-    for tick, kernel in enumerate(order):
-        op = graph.ops[kernel]
-        ending = [one for one in made.reads[kernel] if last[one] == tick and one not in outside]
+    last.update(dict.fromkeys(results, sum(length.values()) + 1))
+    dead = {one: last.get(one, at + 1) for one, at in born.items()}
+    for kernel in order:
+        op, end = graph.ops[kernel], start[kernel] + length[kernel]
+        ending = [one for one in made.reads[kernel] if last[one] == end and one not in outside]
         for one in op.makes if op.name in IN_PLACE else _carried(op):
             same = [old for old in ending if graph.sizes[old] == graph.sizes[one]]
             if same:
-                dead[same[0]] = tick
+                dead[same[0]] = start[kernel]
                 ending.remove(same[0])
-    return Spans(born, dead, extra)
+    return Moments(order, start, length, born, dead)
 
 
 def _carried(op: Op) -> tuple[int, ...]:
@@ -145,20 +166,21 @@ def _carried(op: Op) -> tuple[int, ...]:
     return op.makes[: op.equation.params["num_carry"]] if op.name == "scan" else ()
 
 
-def _copies(graph: Graph, made: Kernels, order: list[int], spans: Spans, homes: dict[int, int]) -> dict[int, int]:
-    """Copies of arguments, by argument, added to the spans.
+def _copies(graph: Graph, made: Kernels, when: Moments, homes: dict[int, int]) -> dict[int, int]:
+    """Copies of arguments, by argument, added to the moments.
 
     XLA copies an argument that is overwritten by a result, unless whatever else reads it comes before in any order.
     As a copy waits for nothing it is made at the start.
     """
-    found, at = {}, {kernel: tick for tick, kernel in enumerate(order)}
+    found: dict[int, int] = {}
     for result, argument in homes.items():
         writer = made.made.get(result)
         others = {kernel for kernel in made.numbers if argument in made.reads[kernel]} - {writer}
         if writer is not None and others - _before(made, writer, min(others, default=0)):
             graph.sizes.append(graph.sizes[argument])
             copy = found[argument] = len(graph.sizes) - 1
-            spans.born[copy], spans.dead[copy] = 0, 1 + max(at[kernel] for kernel in others | {writer})
+            when.born[copy] = 0
+            when.dead[copy] = max(when.start[kernel] + when.length[kernel] for kernel in others | {writer})
     return found
 
 
@@ -174,40 +196,41 @@ def _before(made: Kernels, kernel: int, first: int) -> set[int]:
     return seen
 
 
-def _guests(graph: Graph, spans: Spans, homes: dict[int, int], copies: dict[int, int]) -> set[int]:
-    """Values that lie where a copied argument lay, until the result that takes its place is made.
+def _without_guests(blocks: list[Block], places: dict[int, tuple]) -> list[Block]:
+    """The blocks but for those that lie where a copied argument lay, until the result that takes its place is made.
 
-    XLA lays out the largest first, each where nothing else lies at the time; in an argument's place never two at once.
+    XLA lays out the largest first; in an argument's place never two lie at once, however small.
     """
-    taken = {
-        argument: [(spans.born[result], spans.dead[result])] for result, argument in homes.items() if argument in copies
-    }
-    guests, places = set(), sorted(taken, key=lambda one: graph.sizes[one])
-    least = min((graph.sizes[one] for one in taken), default=0)
-    for one in sorted(spans.born, key=lambda one: -graph.sizes[one]):
-        if one in homes or one in homes.values() or not graph.sizes[one]:
-            continue
-        born, dead = spans.born[one], spans.dead[one]
-        for place in places:
-            if graph.sizes[place] >= graph.sizes[one] and all(dead <= b or d <= born for b, d in taken[place]):
-                taken[place].append((born, dead))
-                guests.add(one)
+    places, stay = sorted(places.values(), key=lambda place: place[0]), []
+    for block in sorted(blocks, key=lambda block: -block.size):
+        for size, taken in places:
+            if size >= block.size and all(block.dead <= born or dead <= block.born for born, dead in taken):
+                taken.append((block.born, block.dead))
                 break
-    return guests
+        else:
+            stay.append(block)
+    return stay
 
 
-def _most(graph: Graph, spans: Spans, counted: Iterable[int]) -> tuple[int, int]:
-    """The most bytes at once, and when."""
-    change = [0] * (len(spans.extra) + 2)
-    for one in counted:
-        change[spans.born[one]] += graph.sizes[one]
-        change[min(spans.dead[one], len(change) - 1)] -= graph.sizes[one]
-    most, when, now = 0, 0, 0
-    for tick, extra in enumerate(spans.extra or [0]):
-        now += change[tick]
-        if now + extra > most:
-            most, when = now + extra, tick
-    return most, when
+def _packed(blocks: list[Block]) -> tuple[int, list[Block]]:
+    """Bytes of the memory in which all blocks lie, and the blocks.
+
+    XLA lays out the largest first, of those the longest lived, each in the smallest gap that is free all its life.
+    """
+    laid: list[tuple[int, int, int, int]] = []
+    total = 0
+    for block in sorted(blocks, key=lambda block: (-block.size, block.born - block.dead)):
+        near = sorted((at, end) for at, end, born, dead in laid if born < block.dead and block.born < dead)
+        best, best_gap, top = None, None, 0
+        for at, end in near:
+            gap = at - top
+            if gap >= block.size and (best is None or gap < best_gap):
+                best, best_gap = top, gap
+            top = max(top, end)
+        place = top if best is None else best
+        laid.append((place, place + block.size, block.born, block.dead))
+        total = max(total, place + block.size)
+    return total, blocks
 
 
 def _kept(graph: Graph, made: Kernels) -> int:
@@ -216,24 +239,33 @@ def _kept(graph: Graph, made: Kernels) -> int:
     return sum(graph.sizes[one] for one in read if one in made.made and not graph.ops[made.made[one]].backward)
 
 
-def _inside(op: Op) -> tuple[int, int]:
-    """Bytes that a loop or branch takes beyond what it reads and makes, and what it keeps for backward operations."""
-    own = op.equation.primitive.name == op.name
-    found = [_trip(op.equation)] if op.name == "scan" else [_branch(one) for one in jaxprs_of(op.equation) if own]
-    return max((one.bytes for one in found), default=0), max((one.kept for one in found), default=0)
+def _inside(op: Op) -> Run:
+    """What a loop or branch takes beyond what it reads and makes: the branches of a switch one after the other."""
+    if op.equation.primitive.name != op.name:
+        return Run([], 0, 0)
+    found = [_trip(op.equation)] if op.name == "scan" else [_branch(one) for one in jaxprs_of(op.equation)]
+    blocks, length = [], 0
+    for run in found:
+        blocks += [one._replace(born=one.born + length, dead=one.dead + length) for one in run.blocks]
+        length += run.length
+    return Run(blocks, length, max((run.kept for run in found), default=0))
 
 
-def _branch(jaxpr) -> Peak:
-    """Of one branch, less what it gives: that is counted where the branch is taken."""
+def _branch(jaxpr) -> Run:
+    """Of one branch; what it gives lies where the results of the switch do."""
     graph = empty()
     given = [value(graph, var.aval) for var in jaxpr.invars]
     results = flatten(graph, jaxpr, given)
-    found = _peak(graph, set(given), results, {})
-    return found._replace(bytes=max(0, found.bytes - sum(graph.sizes[one] for one in {*results} - {*given})))
+    for one in results:
+        graph.sizes[one] = 0
+    return _run(graph, {*given}, results, {})
 
 
-def _trip(equation) -> Peak:
-    """Of one trip of a scan, less what is carried: each operand is cut out of its stack where it is read."""
+def _trip(equation) -> Run:
+    """Of one trip of a scan: each operand is cut out of its stack where it is read, each result written into one.
+
+    What is carried is written to where it lies, from a copy if the old is still read.
+    """
     jaxpr, consts, carries = (equation.params[name] for name in ("jaxpr", "num_consts", "num_carry"))
     graph, first = empty(), consts + carries
     given = [value(graph, var.aval) for var in jaxpr.jaxpr.invars]
@@ -244,6 +276,5 @@ def _trip(equation) -> Peak:
     results = flatten(graph, jaxpr.jaxpr, [*given[:first], *cut])
     nothing = ShapedArray((0,), "int8")
     ends = [add(graph, STACKED, (one,), equation, False, (nothing,))[0] for one in results[carries:]]
-    outside = {*given[:consts], *given[first:]}
-    found = _peak(graph, outside, [*results[:carries], *ends], {})
-    return found._replace(bytes=max(0, found.bytes - sum(graph.sizes[one] for one in given[consts:first])))
+    homes = {new: old for new, old in zip(results, given[consts:first], strict=False) if new != old}
+    return _run(graph, {*given}, [*results[:carries], *ends], homes)

@@ -61,7 +61,7 @@ def predicted(parts: Parts) -> dict:
     known = held(parts)
     rest = {"parameters": known["parameters"], "gradients": known["gradients"], "optimizer": known["optimizer"], "state": known["other state"], "batch": known["batch"]}
     total = sum(rest.values()) - known["gradients"] + peak.bytes
-    return {**rest, "activations": peak.kept, "transient": peak.bytes - peak.kept, "total": total, "at": peak.at, "live": peak.live}
+    return {**rest, "activations": peak.kept, "transient": peak.bytes - peak.kept, "total": total, "live": peak.live}
 
 
 def _plain(var):
