@@ -146,13 +146,14 @@ def _moments(graph: Graph, made: Kernels, inside: dict[int, Run], ends: tuple) -
                 born.setdefault(one, 0)
         op = graph.ops[kernel]
         born.update(dict.fromkeys(op.makes, start[kernel]))
+        last.update(dict.fromkeys(op.makes, start[kernel] + length[kernel]))
         if op.name == "scan":  # what each trip adds to is made first of all: as zeros, which wait for nothing
             born.update(dict.fromkeys(op.makes[op.equation.params["num_carry"] :], 0))
     last.update(dict.fromkeys(results, sum(length.values()) + 1))
-    dead = {one: last.get(one, at + 1) for one, at in born.items()}
+    dead = {one: last[one] for one in born}
     for kernel in order:
         op, end = graph.ops[kernel], start[kernel] + length[kernel]
-        ending = [one for one in made.reads[kernel] if last[one] == end and one not in outside]
+        ending = [one for one in made.reads[kernel] if last.get(one) == end and one not in outside]
         for one in op.makes if op.name in IN_PLACE else _carried(op):
             same = [old for old in ending if graph.sizes[old] == graph.sizes[one]]
             if same:
