@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 VIEWS = {  # the result is the operand, under another shape or type
-    *("reshape", "squeeze", "expand_dims", "pcast", "pvary", "copy", "copy_p", "stop_gradient", "reduce_precision"),
+    *("reshape", "squeeze", "expand_dims", "pcast", "pvary", "copy", "copy_p", "stop_gradient"),
     *("random_wrap", "random_unwrap", "sharding_constraint", "optimization_barrier", "bitcast_convert_type"),
 }
 CALLS = {"jit", "pjit", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint", "closed_call", "shard_map"}
@@ -20,7 +20,7 @@ CHEAP = {  # computed again in each kernel that reads the result
     *("select_n", "convert_element_type", "broadcast_in_dim", "iota", "sign", "abs", "floor", "ceil", "round"),
     *("is_finite", "clamp", "integer_pow", "square", "shift_left", "shift_right_logical", "shift_right_arithmetic"),
     *("slice", "pad", "dynamic_slice", "rev", "concatenate", "transpose", "gather", "add_any", "real", "split"),
-    *("stack", "unstack", "empty", "full"),
+    *("stack", "unstack", "empty", "full", "reduce_precision"),
 }
 COSTLY = {  # computed once if more than one kernel reads the result
     *("exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "erf", "erf_inv", "rsqrt", "sqrt", "cbrt", "div"),
