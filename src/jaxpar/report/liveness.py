@@ -147,6 +147,8 @@ def _moments(graph: Graph, made: Kernels, inside: dict[int, Run], ends: tuple) -
         op = graph.ops[kernel]
         born.update(dict.fromkeys(op.makes, start[kernel]))
         last.update(dict.fromkeys(op.makes, start[kernel] + length[kernel]))
+        if op.name == "cond":  # until then, what it gives is counted inside
+            born.update(dict.fromkeys(op.makes, start[kernel] + length[kernel] - 1))
         if op.name == "scan":  # what each trip adds to is made first of all: as zeros, which wait for nothing
             born.update(dict.fromkeys(op.makes[op.equation.params["num_carry"] :], 0))
     last.update(dict.fromkeys(results, sum(length.values()) + 1))
@@ -247,7 +249,8 @@ def _inside(op: Op) -> Run:
     found = [_trip(op.equation)] if op.name == "scan" else [_branch(one) for one in jaxprs_of(op.equation)]
     blocks, length = [], 0
     for run in found:
-        blocks += [one._replace(born=one.born + length, dead=one.dead + length) for one in run.blocks]
+        for one in run.blocks:
+            blocks.append(one._replace(born=one.born + length, dead=min(one.dead, run.length) + length))
         length += run.length
     return Run(blocks, length, max((run.kept for run in found), default=0))
 
@@ -257,8 +260,6 @@ def _branch(jaxpr) -> Run:
     graph = empty()
     given = [value(graph, var.aval) for var in jaxpr.invars]
     results = flatten(graph, jaxpr, given)
-    for one in results:
-        graph.sizes[one] = 0
     return _run(graph, {*given}, results, {})
 
 
