@@ -55,14 +55,18 @@ def _pipelined(parts: Parts) -> list[Line]:
     return max(each, key=lambda found: sum(line.bytes for line in found))
 
 
-def pool_bytes(parts: Parts) -> int:
+def pool_bytes(parts: Parts, jaxpr=None) -> int:
     """Bytes of the pools in which one device of a pipeline keeps activations, from tick to tick; 0 if there are none.
 
     They are what the loop over ticks carries besides gradients, state and loss: as many slots as the timetable names,
     of what was found to be kept.
+
+    Args:
+        parts: of the run.
+        jaxpr: what `traced` makes of them, if it is at hand.
     """
     table = parts.pipeline.table
-    loop = next((one for one in _equations(traced(parts)) if _plays(one, table.ticks)), None)
+    loop = next((one for one in _equations(jaxpr or traced(parts)) if _plays(one, table.ticks)), None)
     if loop is None:
         return 0
     others = len(jax.tree.leaves(parts.model.dims)) + 1

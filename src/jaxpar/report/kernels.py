@@ -151,7 +151,8 @@ def _lowered(graph: Graph, name: str, reads: list, equation, backward: bool) -> 
     if name in ELEMENTWISE - FILLED and len(reads) > 1:  # dims of size 1 are broadcast by an operation of their own
         wide = math.prod(out.shape)
         reads = [
-            read if read is None or name in MOVES or graph.counts[read] in (1, wide)
+            read
+            if read is None or name in MOVES or graph.counts[read] in (1, wide)
             else add(graph, "broadcast_in_dim", (read,), equation, backward, (out,), str(out.shape))[0]
             for read in reads
         ]
@@ -159,7 +160,10 @@ def _lowered(graph: Graph, name: str, reads: list, equation, backward: bool) -> 
         reads = [_in_order(graph, read, side, equation, backward) for side, read in enumerate(reads)]
     own = tuple(read for read in reads if read is not None)
     if _across(equation):  # parts are joined and shared out along the outermost dim: copied into that order and back
-        own = tuple(add(graph, "transpose", (read,), equation, backward, (var.aval,), "in") [0] for read, var in zip(own, equation.invars, strict=True))
+        own = tuple(
+            add(graph, "transpose", (read,), equation, backward, (var.aval,), "in")[0]
+            for read, var in zip(own, equation.invars, strict=True)
+        )
         (made,) = add(graph, name, own, equation, backward, None, str(equation.params))
         return add(graph, "transpose", (made,), equation, backward, (out,), "out")
     if name == "erfc":  # two quotients and an exponential, each read twice by a polynomial
@@ -207,17 +211,18 @@ def _in_order(graph: Graph, read: int | None, side: int, equation, backward: boo
     return add(graph, "transpose", (read,), equation, backward, (aval,), str(order))[0]
 
 
-def kernels(graph: Graph, results: set[int]) -> Kernels:
+def kernels(graph: Graph, results: set[int], outermost: bool = True) -> Kernels:
     """Fuse a graph.
 
     Args:
         graph: the program.
         results: values that must be in memory.
+        outermost: whether it stands in no loop and no branch.
 
     Source: `within` below; XLA's `instruction_fusion.cc` decides likewise, from the last operation to the first.
     """
     made = {one: number for number, op in enumerate(graph.ops) for one in op.makes}
-    within = _within(graph, results, made)
+    within = _within(graph, results, made, outermost)
     numbers = sorted(set().union(*within))
     reads: dict[int, dict[int, None]] = {number: {} for number in numbers}
     for number, op in enumerate(graph.ops):
@@ -228,7 +233,7 @@ def kernels(graph: Graph, results: set[int]) -> Kernels:
     return Kernels(numbers, {kernel: list(own) for kernel, own in reads.items()}, made)
 
 
-def _within(graph: Graph, results: set[int], made: dict[int, int]) -> list[frozenset[int]]:
+def _within(graph: Graph, results: set[int], made: dict[int, int], outermost: bool) -> list[frozenset[int]]:
     """Of each operation the kernels in which it is computed; one that ends a kernel is in its own.
 
     An elementwise operation is computed in each kernel that reads it. In memory it must be for what is no kernel of
@@ -248,7 +253,7 @@ def _within(graph: Graph, results: set[int], made: dict[int, int]) -> list[froze
         using = set().union(*(readers.get(one, ()) for one in op.makes))
         fusing = {n for n in using if ops[n].name in FUSING}
         filled = op.name in FILLED
-        if filled and op.reads and len(using) > 1:  # with a batched product go the operations on it, not what they read
+        if outermost and filled and op.reads and len(using) > 1:  # a batched product takes in operations, not broadcasts
             fusing = {n for n in fusing if not _after_product(graph, made, ops[n])}
         into = frozenset().union(*(within[n] for n in fusing))
         stored = fusing != using or not results.isdisjoint(op.makes)

@@ -15,7 +15,11 @@ from jaxpar.report.kernels import ELEMENTWISE, REDUCTIONS, STACKED, Graph, Kerne
 from jaxpar.report.kernels import kernels as kernels_of
 from jaxpar.report.kernels import value
 
-IN_PLACE = ELEMENTWISE - {"transpose", "gather", "rev"} | REDUCTIONS | {"dynamic_update_slice", "scatter", "scatter-add", "psum", "psum_invariant", "pmax"}
+IN_PLACE = (
+    ELEMENTWISE - {"transpose", "gather", "rev"}
+    | REDUCTIONS
+    | {"dynamic_update_slice", "scatter", "scatter-add", "psum", "psum_invariant", "pmax"}
+)
 
 
 class Peak(NamedTuple):
@@ -76,8 +80,9 @@ def peak(jaxpr, then=None, feeds: Sequence[int | None] = (), aliases: Sequence[t
         linked = [*results, *given]
         given = [value(graph, var.aval) if n is None else linked[n] for n, var in zip(feeds, then.invars, strict=True)]
         results = flatten(graph, then, given, True)
+    made = {one for op in graph.ops for one in op.makes}
     homes = {results[result]: given[argument] for argument, result in aliases}
-    run = _run(graph, {*old, *given}, results, homes, donated=True)
+    run = _run(graph, {*old, *given} - made, results, homes, donated=True)
     size, blocks = _packed(run.blocks)
     change: dict[int, int] = {}
     for block in blocks:
@@ -89,7 +94,7 @@ def peak(jaxpr, then=None, feeds: Sequence[int | None] = (), aliases: Sequence[t
 
 def _run(graph: Graph, outside: set[int], results: Sequence[int], homes: dict[int, int], donated: bool = False) -> Run:
     """Of a graph; `outside` takes no memory, `homes` says which results are written to where an argument lies."""
-    made = kernels_of(graph, set(results))
+    made = kernels_of(graph, set(results), donated)
     inside = {kernel: _inside(graph.ops[kernel]) for kernel in made.numbers}
     when = _moments(graph, made, inside, (outside, results))
     copies = _copies(graph, made, when, homes)
@@ -100,7 +105,9 @@ def _run(graph: Graph, outside: set[int], results: Sequence[int], homes: dict[in
         if one not in homes and (one not in outside or one in copies.values())
     ]
     for kernel, run in inside.items():
-        blocks += [one._replace(born=one.born + when.start[kernel], dead=one.dead + when.start[kernel]) for one in run.blocks]
+        blocks += [
+            one._replace(born=one.born + when.start[kernel], dead=one.dead + when.start[kernel]) for one in run.blocks
+        ]
     places = {
         argument: (graph.sizes[argument], [(when.born[result], when.dead[result])])
         for result, argument in homes.items()
@@ -244,6 +251,9 @@ def _kept(graph: Graph, made: Kernels) -> int:
 
 def _inside(op: Op) -> Run:
     """What a loop or branch takes beyond what it reads and makes: the branches of a switch one after the other."""
+    if op.name == "threefry2x32":  # itself a loop, that carries two words and three keys and makes one more
+        size = 3 * sum(var.aval.size * var.aval.dtype.itemsize for var in op.equation.outvars)
+        return Run([Block(size, 0, 1, op.name)], 1, 0)
     if op.equation.primitive.name != op.name:
         return Run([], 0, 0)
     found = [_trip(op.equation)] if op.name == "scan" else [_branch(one) for one in jaxprs_of(op.equation)]
@@ -256,11 +266,16 @@ def _inside(op: Op) -> Run:
 
 
 def _branch(jaxpr) -> Run:
-    """Of one branch; what it gives lies where the results of the switch do."""
+    """Of one branch; what is added to an operand is written over it."""
     graph = empty()
     given = [value(graph, var.aval) for var in jaxpr.invars]
     results = flatten(graph, jaxpr, given)
-    return _run(graph, {*given}, results, {})
+    made, homes = {one: op for op in graph.ops for one in op.makes}, {}
+    for one in results:
+        if one in made and made[one].name in IN_PLACE:
+            free = [old for old in made[one].reads if old in given and old not in homes.values()]
+            homes.update({one: old for old in free[:1] if graph.sizes[old] == graph.sizes[one]})
+    return _run(graph, {*given}, results, homes)
 
 
 def _trip(equation) -> Run:

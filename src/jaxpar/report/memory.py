@@ -1,4 +1,4 @@
-"""What a step must hold on each device, from shapes alone: a plan that cannot fit is refused before it is compiled."""
+"""What a step must hold on each device, from shapes or its trace alone: what cannot fit is refused before it is compiled."""
 
 import math
 from collections.abc import Iterator
@@ -8,10 +8,11 @@ import jax
 
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Problem
+from jaxpar.core.types import State
 from jaxpar.plan import layout, padding
 from jaxpar.plan.layout import Placement
-from jaxpar.core.types import State
-from jaxpar.report import liveness, machine
+from jaxpar.report import account, liveness, machine
+from jaxpar.report.liveness import Peak
 from jaxpar.step.parts import Parts
 from jaxpar.step.program import Program, optimizer_places, traced, updated
 
@@ -41,30 +42,55 @@ def held(parts: Parts) -> dict[str, int]:
     }
 
 
-def predicted(parts: Parts) -> dict:
+def predicted(parts: Parts) -> dict[str, int]:
+    """Bytes that one device needs for a step, by category, from the trace of the step alone. Needs no devices.
+
+    What XLA's CPU compiler does with a trace is followed (`report.kernels`, `report.liveness`); another compiler fuses
+    and orders otherwise, so there `activations`, `transient` and `total` are estimates.
+
+    Returns:
+        parameters, gradients, optimizer, state, batch: as of `held`.
+        activations: what is kept from forward to backward operations: of a pipeline, the pools of its timetable.
+        transient: whatever else is there when most is there.
+        total: all that must be there at once. Gradients come while activations go, so it may be less than the sum.
+    """
     jaxpr = traced(parts)
+    peak, known = _peak(parts, jaxpr), held(parts)
+    kept = min(peak.kept if parts.pipeline.plain else account.pool_bytes(parts, jaxpr), peak.bytes)
+    found = {"state" if name == "other state" else name: size for name, size in known.items()}
+    return found | {
+        "activations": kept,
+        "transient": max(0, peak.bytes - kept - known["gradients"]),
+        "total": sum(known.values()) - known["gradients"] + peak.bytes,
+    }
+
+
+def _peak(parts: Parts, jaxpr) -> Peak:
+    """Of a whole step, both halves with the shapes of one device; the new state is written to where the old one lies.
+
+    Args:
+        parts: of the run.
+        jaxpr: of its loss and gradients, as `traced` gives it.
+    """
     spread = next(one for one in jaxpr.eqns if one.primitive.name == "shard_map")
-    inside = spread.params["jaxpr"]
-    inside = getattr(inside, "jaxpr", inside)
-    like = jax.eval_shape(lambda: parts.model.init(jax.random.key(0)))
-    like = (0.0, *like, jax.eval_shape(parts.reducer.init, like[0]))
+    inside = getattr(spread.params["jaxpr"], "jaxpr", spread.params["jaxpr"])
+    made = jax.eval_shape(lambda: parts.model.init(jax.random.key(0)))
+    like = 0.0, *made, jax.eval_shape(parts.reducer.init, made[0])
     found = jax.tree.unflatten(jax.tree.structure(like), [_plain(var) for var in inside.outvars])
-    state = State(_plain(jaxpr.invars[-1]), *found[1:3], jax.eval_shape(parts.optimizer.init, found[1]), found[3])
+    _, params, extra, comm = found
+    state = State(_plain(jaxpr.invars[-1]), params, extra, jax.eval_shape(parts.optimizer.init, params), comm)
     then = jax.make_jaxpr(partial(updated, parts.optimizer))(found, state).jaxpr
-    results, old = len(inside.outvars), [*jaxpr.invars]
-    leaves = [len(jax.tree.leaves(one)) for one in state]
+
+    results, (_, *counts) = len(inside.outvars), (len(jax.tree.leaves(one)) for one in state)
+    given = iter(jaxpr.invars)
+    trained, other = [next(given) for _ in range(sum(counts[:2]))], [next(given) for _ in range(counts[3])]
+    old = [jaxpr.invars[-1], *trained, *[None] * counts[2], *other]
     place = {var: results + n for n, var in enumerate(spread.invars) if not hasattr(var, "val")}
-    own = [jaxpr.invars[-1], *jaxpr.invars[: sum(leaves[1:3])], *[None] * leaves[3], *jaxpr.invars[sum(leaves[1:3]):][:leaves[4]]]
-    feeds = [*range(results), *(place.get(var) for var in own)]
-    aliases = [(results + n, n) for n in range(sum(leaves))]
-    peak = liveness.peak(inside, then, feeds, aliases)
-    known = held(parts)
-    rest = {"parameters": known["parameters"], "gradients": known["gradients"], "optimizer": known["optimizer"], "state": known["other state"], "batch": known["batch"]}
-    total = sum(rest.values()) - known["gradients"] + peak.bytes
-    return {**rest, "activations": peak.kept, "transient": peak.bytes - peak.kept, "total": total, "live": peak.live}
+    feeds = [*range(results), *(place.get(var) for var in old)]
+    return liveness.peak(inside, then, feeds, [(results + n, n) for n in range(len(old))])
 
 
-def _plain(var):
+def _plain(var) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
