@@ -59,7 +59,7 @@ def check(parts: Parts, tolerance: float) -> None:
 
 QUICK = [
     ("gpt", "data=2,tensor=one_d:2,microbatches=2"),
-    ("gpt", "tensor=three_d:2x2x2"),
+    ("gpt", "data=2,tensor=fsdp:2"),
     ("mlp", "data=1"),
     ("gru", "tensor=one_d:2"),
 ]
@@ -77,6 +77,7 @@ SLOW = [
     ("wide", "data=2,tensor=one_d:2,microbatches=4"),
     ("wide", "pipe=2,microbatches=4"),
     ("wide", "pipe=2,microbatches=4,schedule=gpipe"),
+    ("wide", "pipe=2,microbatches=4,storage=residual"),
     ("wide", "pipe=2,microbatches=4,schedule=zero_bubble_h1"),
     ("deep", "tensor=one_d:4"),
     ("dropout", "tensor=one_d:2"),
@@ -91,6 +92,18 @@ SLOW = [
 @pytest.mark.parametrize(("model", "plan"), SLOW)
 def test_the_memory_of_any_step_is_predicted_within_5_percent(monkeypatch, model, plan):
     check(parts_of(monkeypatch, model, plan), 0.05)
+
+
+WORSE = [
+    ("wide", "tensor=three_d:2x2x2", 0.07),  # XLA leaves gaps between what it lays out
+    ("wide", "tensor=one_d:2,precision=bf16", 0.3),  # the CPU computes in float32, and keeps much of that as well
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "plan", "tolerance"), WORSE)
+def test_where_the_memory_of_a_step_is_predicted_worse_it_is_known_how_much(monkeypatch, model, plan, tolerance):
+    check(parts_of(monkeypatch, model, plan), tolerance)
 
 
 # ------------------------------------------------------------------------------------------------ hand-made programs
@@ -109,8 +122,8 @@ def test_a_product_is_there_until_it_is_read():
 
 
 def test_what_is_cheap_is_made_where_it_is_read():
-    assert peak_of(lambda x: ((x + 1) * 2).sum() + ((x + 1) * 3).sum(), SQUARE).bytes < KIB
-    assert peak_of(lambda x: (jnp.exp(x) * 2).sum() + (jnp.exp(x) * 3).sum(), SQUARE).bytes >= 16 * KIB
+    assert peak_of(lambda x: (((x + 1) * 2).T, ((x + 1) * 3).T), SQUARE).bytes == 32 * KIB
+    assert peak_of(lambda x: ((jnp.exp(x) * 2).T, (jnp.exp(x) * 3).T), SQUARE).bytes == 48 * KIB
 
 
 def test_a_loop_is_looked_into_once():
@@ -135,17 +148,25 @@ def test_what_goes_back_is_kept():
         assert layers * 16 * KIB <= found.kept <= (layers + 1) * 16 * KIB
 
 
-def test_an_argument_that_is_read_once_more_after_it_was_overwritten_is_copied():
+def test_an_argument_that_is_read_beside_what_overwrites_it_is_copied():
     def update(old, more):
         new = old + more
-        return new, (old * 2) @ more  # the product may come after
+        return new, (old * 2) @ more  # this may come after the other
 
-    jaxpr = jax.make_jaxpr(update)(SQUARE, SQUARE).jaxpr
-    then = jax.make_jaxpr(lambda *args: args)(*[SQUARE] * 2).jaxpr
-    free = liveness.peak(jaxpr, then, [0, 1], [])
-    bound = liveness.peak(then, jaxpr, [0, 1], [(0, 0)])
-    assert free.bytes == 3 * 16 * KIB  # both results, and the operand of the product
-    assert bound.bytes == 3 * 16 * KIB  # a copy of the old, the operand and the product
+    first = jax.make_jaxpr(lambda *args: args)(SQUARE, SQUARE).jaxpr
+    then = jax.make_jaxpr(update)(SQUARE, SQUARE).jaxpr
+    apart = liveness.peak(first, then, [0, 1], [])
+    over = liveness.peak(first, then, [0, 1], [(0, 0)])
+    assert apart.bytes == 48 * KIB  # both results, and the operand of the product
+    assert [name for _, name in over.live].count("copy") == 1
+    assert over.bytes == 32 * KIB  # a copy of the old, in whose place the operand is made, and the product
+
+    def ordered(old, more):
+        return jnp.tanh((old @ more) + old), more  # the product comes before
+
+    then = jax.make_jaxpr(ordered)(SQUARE, SQUARE).jaxpr
+    over = liveness.peak(first, then, [0, 1], [(0, 0)])
+    assert over.bytes == 16 * KIB  # the product
 
 
 # ------------------------------------------------------------------------------------------------------- the categories

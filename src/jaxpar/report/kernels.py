@@ -253,7 +253,7 @@ def _within(graph: Graph, results: set[int], made: dict[int, int], outermost: bo
         using = set().union(*(readers.get(one, ()) for one in op.makes))
         fusing = {n for n in using if ops[n].name in FUSING}
         filled = op.name in FILLED
-        if outermost and filled and op.reads and len(using) > 1:  # a batched product takes in operations, not broadcasts
+        if outermost and filled and op.reads and len(using) > 1:  # not into a batched product
             fusing = {n for n in fusing if not _after_product(graph, made, ops[n])}
         into = frozenset().union(*(within[n] for n in fusing))
         stored = fusing != using or not results.isdisjoint(op.makes)

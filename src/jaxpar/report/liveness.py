@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 from jax.core import ShapedArray
 
-from jaxpar.report.kernels import ELEMENTWISE, REDUCTIONS, STACKED, Graph, Kernels, Op, add, empty, flatten, jaxprs_of
-from jaxpar.report.kernels import kernels as kernels_of
-from jaxpar.report.kernels import value
+from jaxpar.report import kernels
+from jaxpar.report.kernels import Graph, Kernels, Op, add, empty, flatten, jaxprs_of, value
 
 IN_PLACE = (
-    ELEMENTWISE - {"transpose", "gather", "rev"}
-    | REDUCTIONS
+    kernels.ELEMENTWISE - {"transpose", "gather", "rev"}
+    | kernels.REDUCTIONS
     | {"dynamic_update_slice", "scatter", "scatter-add", "psum", "psum_invariant", "pmax"}
 )
 
@@ -94,7 +93,7 @@ def peak(jaxpr, then=None, feeds: Sequence[int | None] = (), aliases: Sequence[t
 
 def _run(graph: Graph, outside: set[int], results: Sequence[int], homes: dict[int, int], donated: bool = False) -> Run:
     """Of a graph; `outside` takes no memory, `homes` says which results are written to where an argument lies."""
-    made = kernels_of(graph, set(results), donated)
+    made = kernels.kernels(graph, set(results), donated)
     inside = {kernel: _inside(graph.ops[kernel]) for kernel in made.numbers}
     when = _moments(graph, made, inside, (outside, results))
     copies = _copies(graph, made, when, homes)
@@ -274,7 +273,8 @@ def _branch(jaxpr) -> Run:
     for one in results:
         if one in made and made[one].name in IN_PLACE:
             free = [old for old in made[one].reads if old in given and old not in homes.values()]
-            homes.update({one: old for old in free[:1] if graph.sizes[old] == graph.sizes[one]})
+            if free and graph.sizes[free[0]] == graph.sizes[one]:
+                homes[one] = free[0]
     return _run(graph, {*given}, results, homes)
 
 
@@ -292,6 +292,6 @@ def _trip(equation) -> Run:
     ]
     results = flatten(graph, jaxpr.jaxpr, [*given[:first], *cut])
     nothing = ShapedArray((0,), "int8")
-    ends = [add(graph, STACKED, (one,), equation, False, (nothing,))[0] for one in results[carries:]]
+    ends = [add(graph, kernels.STACKED, (one,), equation, False, (nothing,))[0] for one in results[carries:]]
     homes = {new: old for new, old in zip(results, given[consts:first], strict=False) if new != old}
     return _run(graph, {*given}, [*results[:carries], *ends], homes)

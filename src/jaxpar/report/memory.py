@@ -1,4 +1,4 @@
-"""What a step must hold on each device, from shapes or its trace alone: what cannot fit is refused before it is compiled."""
+"""What a step must hold on each device, found before it is compiled: from shapes alone, or from its trace."""
 
 import math
 from collections.abc import Iterator
