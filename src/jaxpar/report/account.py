@@ -60,6 +60,10 @@ def pool_bytes(parts: Parts, trace=None) -> int:
 
     They are what the loop over ticks carries besides gradients, state and loss: as many slots as the timetable names,
     of what was found to be kept.
+
+    Args:
+        parts: of the run.
+        jaxpr: what `traced` makes of them, if it is at hand.
     """
     table = parts.pipeline.table
     loop = next((one for one in _equations(trace or traced(parts)) if _plays(one, table.ticks)), None)

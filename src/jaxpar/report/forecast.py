@@ -40,7 +40,8 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
         pipeline: see `_pipeline`.
         comm: bytes that a device sends in a step, by mesh axes and by collective; of a pipeline the device that sends
             most. `predicted` is None where XLA decides the collectives.
-        memory: bytes that a device holds, by category and in `total`.
+        memory: bytes that a device holds, by category and in `total`, see `memory.predicted`. Where XLA decides the
+            collectives, without activations.
         fits: whether that is less than a device has; None if nobody says what it has.
         compiled: see `with_compiled`.
         warnings: sentences.
@@ -51,8 +52,8 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
     axes = parts.settings.placement.scheme.axes or {"data": 1}  # as `mesh_of`
     count, manual = math.prod(axes.values()), parts.partition == "manual"
     trace = trace or (traced(parts) if manual else None)
-    held = memory.held(parts) | ({"activations": account.pool_bytes(parts, trace)} if manual else {})
-    held |= {"total": sum(held.values())}
+    held = memory.predicted(parts, trace) if manual else memory.held(parts)
+    held.setdefault("total", sum(held.values()))
     pipeline = _pipeline(plan, parts)
     return {
         "plan": str(plan),

@@ -1,17 +1,20 @@
-"""What a step must hold on each device, from shapes alone: a plan that cannot fit is refused before it is compiled."""
+"""What a step must hold on each device, found before it is compiled: from shapes alone, or from its trace."""
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Problem
+from jaxpar.core.types import State
 from jaxpar.plan import layout, padding
 from jaxpar.plan.layout import Placement
-from jaxpar.report import machine
+from jaxpar.report import account, liveness, machine
+from jaxpar.report.liveness import Peak
 from jaxpar.step.parts import Parts
-from jaxpar.step.program import Program, optimizer_places
+from jaxpar.step.program import Program, optimizer_places, traced, updated
 
 
 def held(parts: Parts) -> dict[str, int]:
@@ -37,6 +40,62 @@ def held(parts: Parts) -> dict[str, int]:
         "other state": _bytes(placement, model.dims[1], extra) + sum(map(_size, jax.tree.leaves(comm))),
         "batch": sum(_size(a) // rows for a in (parts.inputs, parts.labels)),
     }
+
+
+def predicted(parts: Parts, trace=None) -> dict[str, int]:
+    """Bytes that one device needs for a step, by category, from the trace of the step alone. Needs no devices.
+
+    What XLA's CPU compiler does with a trace is followed (`report.kernels`, `report.liveness`); another compiler fuses
+    and orders otherwise, so there `activations`, `transient` and `total` are estimates.
+
+    Args:
+        parts: of the run.
+        trace: `traced(parts)`, if it is at hand.
+
+    Returns:
+        parameters, gradients, optimizer, state, batch: as of `held`.
+        activations: what is kept from forward to backward operations: of a pipeline, the pools of its timetable.
+        transient: whatever else is there when most is there.
+        total: all that must be there at once. Gradients come while activations go, so it may be less than the sum.
+    """
+    jaxpr = trace or traced(parts)
+    peak, known = _peak(parts, jaxpr), held(parts)
+    kept = min(peak.kept if parts.pipeline.plain else account.pool_bytes(parts, jaxpr), peak.bytes)
+    found = {"state" if name == "other state" else name: size for name, size in known.items()}
+    return found | {
+        "activations": kept,
+        "transient": max(0, peak.bytes - kept - known["gradients"]),
+        "total": sum(known.values()) - known["gradients"] + peak.bytes,
+    }
+
+
+def _peak(parts: Parts, jaxpr) -> Peak:
+    """Of a whole step, both halves with the shapes of one device; the new state is written to where the old one lies.
+
+    Args:
+        parts: of the run.
+        jaxpr: of its loss and gradients, as `traced` gives it.
+    """
+    spread = next(one for one in jaxpr.eqns if one.primitive.name == "shard_map")
+    inside = getattr(spread.params["jaxpr"], "jaxpr", spread.params["jaxpr"])
+    made = jax.eval_shape(lambda: parts.model.init(jax.random.key(0)))
+    like = 0.0, *made, jax.eval_shape(parts.reducer.init, made[0])
+    found = jax.tree.unflatten(jax.tree.structure(like), [_plain(var) for var in inside.outvars])
+    _, params, extra, comm = found
+    state = State(_plain(jaxpr.invars[-1]), params, extra, jax.eval_shape(parts.optimizer.init, params), comm)
+    then = jax.make_jaxpr(partial(updated, parts.optimizer))(found, state).jaxpr
+
+    results, (_, *counts) = len(inside.outvars), (len(jax.tree.leaves(one)) for one in state)
+    given = iter(jaxpr.invars)
+    trained, other = [next(given) for _ in range(sum(counts[:2]))], [next(given) for _ in range(counts[3])]
+    old = [jaxpr.invars[-1], *trained, *[None] * counts[2], *other]
+    place = {var: results + n for n, var in enumerate(spread.invars) if not hasattr(var, "val")}
+    feeds = [*range(results), *(place.get(var) for var in old)]
+    return liveness.peak(inside, then, feeds, [(results + n, n) for n in range(len(old))])
+
+
+def _plain(var) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
 def available(device: jax.Device, devices: int) -> int | None:

@@ -74,13 +74,7 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
     found = _gradients(parts, settings, spread)
 
     def step(state, batch):
-        loss, grads, extra, comm = found(state.params, state.extra, state.comm, batch, state.step)
-        updates, opt = parts.optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        norm = optax.global_norm(grads)
-        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new = jax.tree.map(lambda new, old: jnp.where(fine, new, old), (params, extra, opt, comm), state[1:])
-        return State(state.step + 1, *new), {"loss": loss, "grad_norm": norm, "skipped": ~fine}
+        return updated(parts.optimizer, found(state.params, state.extra, state.comm, batch, state.step), state)
 
     measured = spread(
         partial(evaluate, model, parts.pipeline, settings),
@@ -103,6 +97,17 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
         evaluate=jax.jit(measured),
         gradients=jax.jit(lambda state, batch: Found(*found(state.params, state.extra, state.comm, batch, state.step))),
     )
+
+
+def updated(optimizer: optax.GradientTransformation, found: tuple, state: State) -> tuple[State, dict]:
+    """The second half of a step: (new state, metrics), from a `Found` as a tuple and the old state."""
+    loss, grads, extra, comm = found
+    updates, opt = optimizer.update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    norm = optax.global_norm(grads)
+    fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+    new = jax.tree.map(lambda new, old: jnp.where(fine, new, old), (params, extra, opt, comm), state[1:])
+    return State(state.step + 1, *new), {"loss": loss, "grad_norm": norm, "skipped": ~fine}
 
 
 def traced(parts: Parts):
