@@ -63,7 +63,7 @@ def pool_bytes(parts: Parts, trace=None) -> int:
 
     Args:
         parts: of the run.
-        jaxpr: what `traced` makes of them, if it is at hand.
+        trace: `traced(parts)`, if it is at hand.
     """
     table = parts.pipeline.table
     loop = next((one for one in _equations(trace or traced(parts)) if _plays(one, table.ticks)), None)
