@@ -17,7 +17,7 @@ from jaxpar.core import family
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Refused
 from jaxpar.plan.wire import cost_of
-from jaxpar.report import account, bill
+from jaxpar.report import account, bill, compiled, flops
 from jaxpar.step import executor, stages
 from jaxpar.train.fit import fit
 from jaxpar.train.progress import quiet
@@ -64,7 +64,8 @@ def test_gradients_are_those_of_one_device(plan, tied):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_gradients_are_those_of_one_device_in_every_combination(mesh, schedule, storage, tied):
-    check(variant(GPT, layers=8, tied=tied), plan_of(mesh, schedule, storage))
+    got = check(variant(GPT, layers=8, tied=tied), plan_of(mesh, schedule, storage))
+    assert_bill_is_exact(got, plan_of(mesh, schedule, storage))
 
 
 @pytest.mark.parametrize(
@@ -153,11 +154,17 @@ def test_a_program_that_is_unrolled_would_be_longer(monkeypatch):
     ],
 )
 def test_predicted_bytes_are_those_of_the_compiled_program(plan):
-    got = run(recipe_of(variant(GPT, layers=4, dropout=0.0), plan))
+    assert_bill_is_exact(run(recipe_of(variant(GPT, layers=4, dropout=0.0), plan)), plan)
+
+
+def assert_bill_is_exact(got, plan):
+    """Bytes predicted and compiled are equal, by mesh axes and collective, and so are flops."""
     counted, predicted = bill.counted_in(got.parts, got.text), cost_of(account.gradient_lines(got.parts)).sent
     assert not counted.unknown and counted.sent.keys() == predicted.keys()
     assert any("pipe" in axes and kind == "permute" for axes, kind in predicted) == ("pipe" in plan)
     np.testing.assert_allclose([counted.sent[key] for key in predicted], list(predicted.values()), rtol=1e-9)
+    *_, played = compiled.play(got.parts, got.text, None)
+    assert played.flops == pytest.approx(flops.executed(got.parts), rel=1e-3)
 
 
 def test_losses_are_those_of_one_device():
