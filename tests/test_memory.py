@@ -158,7 +158,7 @@ def test_an_argument_that_is_read_beside_what_overwrites_it_is_copied():
     apart = liveness.peak(first, then, [0, 1], [])
     over = liveness.peak(first, then, [0, 1], [(0, 0)])
     assert apart.bytes == 48 * KIB  # both results, and the operand of the product
-    assert [name for _, name in over.live].count("copy") == 1
+    assert "copy" in [name for _, name in over.live]
     assert over.bytes == 32 * KIB  # a copy of the old, in whose place the operand is made, and the product
 
     def ordered(old, more):
