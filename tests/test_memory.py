@@ -137,6 +137,17 @@ def test_a_loop_is_looked_into_once():
     assert many - few == 60 * 16 * KIB
 
 
+def test_what_waits_for_nothing_is_made_at_the_start():
+    def late(x, ws):
+        y = x @ ws[0] @ ws[0] @ ws[0]
+        for w in ws:
+            y = y @ (x @ w.T)  # of which none waits for y
+        return y
+
+    few, many = (peak_of(late, SQUARE, [SQUARE] * count).bytes for count in (4, 8))
+    assert many - few == 4 * 16 * KIB
+
+
 def test_what_goes_back_is_kept():
     def chain(x, ws):
         for w in ws:
