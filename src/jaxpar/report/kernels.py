@@ -219,7 +219,7 @@ def kernels(graph: Graph, results: set[int], outermost: bool = True) -> Kernels:
         results: values that must be in memory.
         outermost: whether it stands in no loop and no branch.
 
-    Source: `within` below; XLA's `instruction_fusion.cc` decides likewise, from the last operation to the first.
+    From the last operation to the first, as XLA's `InstructionFusion` does it.
     """
     made = {one: number for number, op in enumerate(graph.ops) for one in op.makes}
     within = _within(graph, results, made, outermost)

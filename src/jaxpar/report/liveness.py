@@ -25,7 +25,7 @@ class Peak(NamedTuple):
     """Bytes of one device while a program runs, besides what it is given.
 
     Attributes:
-        bytes: how much memory it needs.
+        bytes: how much memory it needs, gaps between its blocks included.
         kept: of what forward operations make for backward ones.
         live: what is there when most is there: (bytes, name of the operation that made it), largest first.
     """
@@ -82,13 +82,9 @@ def peak(jaxpr, then=None, feeds: Sequence[int | None] = (), aliases: Sequence[t
     made = {one for op in graph.ops for one in op.makes}
     homes = {results[result]: given[argument] for argument, result in aliases}
     run = _run(graph, {*old, *given} - made, results, homes, donated=True)
-    size, blocks = _packed(run.blocks)
-    change: dict[int, int] = {}
-    for block in blocks:
-        for moment, more in ((block.born, block.size), (block.dead, -block.size)):
-            change[moment] = change.get(moment, 0) + more
-    most = max(accumulate(change[moment] for moment in sorted(change)), default=0)
-    return Peak(size, run.kept, tuple((block.size, block.name) for block in blocks) if most else ())
+    when = _fullest(run.blocks)
+    live = sorted(((one.size, one.name) for one in run.blocks if one.born <= when < one.dead), reverse=True)
+    return Peak(_packed(run.blocks), run.kept, tuple(live))
 
 
 def _run(graph: Graph, outside: set[int], results: Sequence[int], homes: dict[int, int], donated: bool = False) -> Run:
@@ -97,11 +93,11 @@ def _run(graph: Graph, outside: set[int], results: Sequence[int], homes: dict[in
     inside = {kernel: _inside(graph.ops[kernel]) for kernel in made.numbers}
     when = _moments(graph, made, inside, (outside, results))
     copies = _copies(graph, made, when, homes)
-    names = {one: graph.ops[n].name for one, n in made.made.items()}
+    names, copied = {one: graph.ops[n].name for one, n in made.made.items()}, {*copies.values()}
     blocks = [
         Block(graph.sizes[one], born, when.dead[one], names.get(one, "copy"))
         for one, born in when.born.items()
-        if one not in homes and (one not in outside or one in copies.values())
+        if one not in homes and (one not in outside or one in copied)
     ]
     for kernel, run in inside.items():
         blocks += [
@@ -221,8 +217,8 @@ def _without_guests(blocks: list[Block], places: dict[int, tuple]) -> list[Block
     return stay
 
 
-def _packed(blocks: list[Block]) -> tuple[int, list[Block]]:
-    """Bytes of the memory in which all blocks lie, and the blocks.
+def _packed(blocks: list[Block]) -> int:
+    """Bytes of the memory in which all blocks lie.
 
     XLA lays out the largest first, of those the longest lived, each in the smallest gap that is free all its life.
     """
@@ -239,7 +235,14 @@ def _packed(blocks: list[Block]) -> tuple[int, list[Block]]:
         place = top if best is None else best
         laid.append((place, place + block.size, block.born, block.dead))
         total = max(total, place + block.size)
-    return total, blocks
+    return total
+
+
+def _fullest(blocks: list[Block]) -> int:
+    """The moment at which most is there."""
+    changes = sorted([(one.born, one.size) for one in blocks] + [(one.dead, -one.size) for one in blocks])
+    sums = accumulate(more for _, more in changes)
+    return max(zip(sums, (-when for when, _ in changes), strict=True), default=(0, 0))[1] * -1
 
 
 def _kept(graph: Graph, made: Kernels) -> int:
