@@ -4,7 +4,8 @@ Everything is predicted from shapes, on a laptop; a few rows are compiled as wel
 to the same bytes and flops. Shapes are GPT-2's of 124M, and Llama-like ones of 1B, 7B and 70B: their widths, heads and
 vocabulary, with two matrices of 3/2 the hidden width for the three of a gated MLP, so the same parameters and flops. A
 step has 0.5M tokens (GPT-2) or 4M, however many devices share them; times are the highest of the three ceilings on a
-TPU v5p, `report/ceilings.py`: no step is faster, real ones are slower.
+TPU v5p, `report/ceilings.py`: no step is faster, real ones are slower. What is held is so besides activations: where
+that is more than a device has, a plan cannot fit.
 
 What the papers of 2-D, 2.5-D and 3-D tensor parallelism claim is that their bytes fall with the number of devices p,
 while those of 1-D do not: for a batch that does not grow, 1-D O(1), 2-D O(p^-1/2), 2.5-D less, 3-D O(p^-2/3). The other
@@ -62,7 +63,7 @@ COLUMNS = {
     "seconds": ("s, at least", "{:.3f}"),
     "bound": ("bound by", "{}"),
     "share": ("of peak", "{:.0%}"),
-    "fits": ("fits", "{}"),
+    "fits": ("may fit", "{}"),
 }
 
 
@@ -162,9 +163,11 @@ def measure(kind: str, model: Model, batch: int, plans: list[str], count: int) -
         where, trace = topology.parse(f"v5p:{TORI[count]}"), traced(parts)
         found = forecast.forecast(Plan.parse(plan), parts, where, trace)
         roof = ceilings.roof(found, parts, where, trace)
-        row = {"kind": kind, "plan": plan, "sent": roof.sent, "held": found["memory"]["predicted"]["total"]}
+        held = sum(found["memory"]["predicted"][name] for name in forecast.CERTAIN)
+        row = {"kind": kind, "plan": plan, "sent": roof.sent, "held": held}
         row |= {"executed": roof.flops, "model": found["flops"]["model"], "bubble": found["bubble"]}
-        row |= {"seconds": roof.seconds / (1 - found["bubble"]), "bound": roof.bound, "fits": found["fits"]}
+        row |= {"seconds": roof.seconds / (1 - found["bubble"]), "bound": roof.bound}
+        row |= {"fits": found["fits"] is not False}
         return row | {"comm": found["comm"]["predicted"], "roof": ceilings.as_json(roof)}
     return {"kind": kind, "plan": None, "refused": f"{refused.field}: {refused.rule}" if refused else "no such mesh"}
 
@@ -278,7 +281,7 @@ def written(rows: list[dict]) -> str:
         shown |= {"sent": row["sent"] / 1e9, "held": row["held"] / 1e9, "executed": row["executed"] / 1e12}
         lines.append((row["kind"], *(form.format(shown[key]) for key, (_, form) in COLUMNS.items())))
     head = ("", *(head for head, _ in COLUMNS.values()))
-    return aligned(head, lines, [name for name in head if name not in ("", "plan", "bound by", "fits")])
+    return aligned(head, lines, [name for name in head if name not in ("", "plan", "bound by", "may fit")])
 
 
 def chosen(options: Options) -> tuple[list[str], list[int]]:

@@ -18,6 +18,9 @@ from jaxpar.step.program import traced
 
 TIMES = Times()  # forward : gradient of inputs : gradient of weights, each as long as the others
 
+CERTAIN = ("parameters", "gradients", "optimizer", "state", "batch")  # of what is held, under any compiler
+FOLLOWED = "activations, transients and the total that are predicted are those of XLA's CPU compiler: others fuse more"
+
 
 def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None) -> dict[str, Any]:
     """The figures of a plan for one model and batch, as plain values that JSON has.
@@ -42,7 +45,7 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
             most. `predicted` is None where XLA decides the collectives.
         memory: bytes that a device holds, by category and in `total`, see `memory.predicted`. Where XLA decides the
             collectives, without activations.
-        fits: whether that is less than a device has; None if nobody says what it has.
+        fits: False if even without activations a device of `where` has too little memory; else None until compiled.
         compiled: see `with_compiled`.
         warnings: sentences.
 
@@ -70,9 +73,9 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
         "pipeline": pipeline,
         "comm": {"predicted": bill.by_axis(account.predicted(parts, trace)) if manual else None, "compiled": None},
         "memory": {"predicted": held, "compiled": None},
-        "fits": where and held["total"] <= where.memory,
+        "fits": False if where and sum(held[name] for name in CERTAIN if name in held) > where.memory else None,
         "compiled": None,
-        "warnings": _warnings(plan, parts),
+        "warnings": [*_warnings(plan, parts), *([FOLLOWED] if where else [])],
     }
 
 
@@ -238,4 +241,4 @@ def _own(found: dict[str, Any]) -> Iterable[str]:
             rows.append(("sent meanwhile", f"{made['beside']:,.0f} of {made['started']:,.0f} asynchronous bytes"))
         yield aligned(("", ""), rows).strip("\n")
     if found["fits"] is not None:
-        yield f"It {'fits' if found['fits'] else 'does not fit'} into the memory of a device of {found['topology']}."
+        yield f"It {'fits' if found['fits'] else 'does not fit'} into the memory of a device."
