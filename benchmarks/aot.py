@@ -27,10 +27,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpar import Model, Plan, Recipe, Refused, program
+from jaxpar.cli import exit_codes, flags
+from jaxpar.core.refuse import Problem, refuse
 from jaxpar.report import compiled, topology
 from jaxpar.report.columns import aligned
 from jaxpar.step.parts import assemble
@@ -199,7 +200,13 @@ def written(name: str, found: list[compiled.Compiled]) -> list[tuple[str, ...]]:
 
 def main(options: Options) -> None:
     """Compile jaxpar's step and one written by hand for TPUs and GPUs that are not here, and compare the programs."""
-    numbers = [int(word) for word in options.cases.split(",")] if options.cases else range(len(CASES))
+    words = options.cases.split(",") if options.cases else [f"{number}" for number in range(len(CASES))]
+    refuse(
+        Problem("cases", word, "there is no such case.", f"0 to {len(CASES) - 1}, with commas between them")
+        for word in words
+        if not (word.isdecimal() and int(word) < len(CASES))
+    )
+    numbers = map(int, words)
     rows, kept = [], []
     for number in numbers:
         word, size, model, sequences, plan = CASES[number]
@@ -222,4 +229,5 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    main(tyro.cli(Options, description=main.__doc__))
+    with exit_codes():
+        main(flags(Options, None, f"{main.__doc__}\n\n{__doc__}"))

@@ -43,7 +43,7 @@ from jaxpar.core.makespan import Makespan, Times, makespan
 from jaxpar.core.refuse import Problem
 from jaxpar.core.timetable import timetable
 from jaxpar.report.timetables import picture, text
-from jaxpar.train.folder import inside
+from jaxpar.train.folder import of_study
 
 SIZES = ((4, 8), (4, 16), (8, 16), (8, 32))
 HEAD = (
@@ -211,10 +211,7 @@ def main(options: Options) -> None:
     if m and m < 2 * p:
         rule = f"of {p} devices, zero bubble needs {2 * p - 1}, and the closed forms are of as many or more."
         raise Refused([Problem("microbatches", m, rule, f"{2 * p} or more")])
-    folder = inside(options.runs_dir, options.name)
-    if (folder / "table.json").exists() and not options.overwrite:
-        raise Refused([Problem("name", options.name, f"{folder} has a table.", "--overwrite, or another --name")])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = of_study(options.runs_dir, options.name, options.overwrite)
 
     naive, found = played("naive", 4, 2, 1)
     print(f"One microbatch at a time, 4 devices: {found.bubble:.0%} idle.\n\n{text(naive, width=100)}\n")

@@ -33,7 +33,7 @@ from tyro.conf import arg
 from jaxpar import Data, Model, Plan, Recipe, Refused, family
 from jaxpar.cli import exit_codes, flags
 from jaxpar.core.refuse import Problem
-from jaxpar.train.folder import inside
+from jaxpar.train.folder import of_study
 
 BASE = Recipe(
     model=Model("gpt", layers=8, width=64, heads=4, context=16),
@@ -145,11 +145,11 @@ def picture(path: Path, rows: list[dict], title: str) -> Path:
     return path
 
 
-def chosen(study: Study) -> tuple[list[str], list[int]]:
+def chosen(study: Study, plan: Plan) -> tuple[list[str], list[int]]:
     """The schedules and counts of microbatches that the flags name.
 
     Raises:
-        Refused: for a name that is no schedule with figures of its own, and a count that is no number.
+        Refused: for a name that is no schedule with figures of its own, a count that is no number, and no pipeline.
     """
     legal = [name for name in family.names("schedules") if name != "from_table"]
     schedules = [name.strip() for name in study.schedules.split(",")] if study.schedules else legal
@@ -159,8 +159,10 @@ def chosen(study: Study) -> tuple[list[str], list[int]]:
         if name not in legal
     ]
     counts = [word.strip() for word in study.microbatches.split(",")]
-    if not all(word.isdecimal() and int(word) for word in counts):
-        problems.append(Problem("microbatches", study.microbatches, "are no counts.", "4,8,16,32"))
+    if not all(word.isdecimal() and int(word) for word in counts) or len(set(counts)) < 2:
+        problems.append(Problem("microbatches", study.microbatches, "must be two counts or more.", "4,8,16,32"))
+    if plan.pipe < 2 or plan.partition != "manual":
+        problems.append(Problem("plan", plan, "has no pipeline.", "pipe=2 or more, partition=manual"))
     if problems:
         raise Refused(problems)
     return schedules, [int(word) for word in counts]
@@ -172,12 +174,9 @@ def main(options: Options) -> None:
     from jaxpar.step.parts import prepare
 
     study, recipe = options.study, options.recipe
-    schedules, counts = chosen(study)
+    schedules, counts = chosen(study, recipe.plan)
     work = [(one, prepare(one, study.data_dir)[0]) for one in recipes(recipe, schedules, counts)]  # refused now
-    folder = inside(study.runs_dir, study.name)
-    if (folder / "table.json").exists() and not study.overwrite:
-        raise Refused([Problem("name", study.name, f"{folder} has a table.", "--overwrite, or another --name")])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = of_study(study.runs_dir, study.name, study.overwrite)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     devices(needed(work[0][0].plan))
 
@@ -190,8 +189,13 @@ def main(options: Options) -> None:
         left = (time.perf_counter() - began) / done * (len(work) - done)
         print(f"  {done} of {len(work)}, about {left:.0f} s left", file=sys.stderr, flush=True)
     firsts = [rows[number - number % len(counts)] for number in range(len(rows))]
-    same = sum(map(agrees, rows, firsts))
-    print(f"\nPools account for what grows, to 5 % of them, in {same} of {len(rows)} rows; MB are millions of bytes.")
+    later = [(row, first) for row, first in zip(rows, firsts, strict=True) if row is not first]
+    most = max(abs(row["rest"] - first["rest"]) / row["pool"] for row, first in later)
+    same = sum(agrees(*pair) for pair in later)
+    print(
+        f"\nPools account for what grows, to 5 % of them, in {same} of {len(later)} rows after the first of their line;"
+    )
+    print(f"the largest difference is {most:.2%} of the pools. MB are millions of bytes.")
     about = {"recipe": json.loads(recipe.to_json()), "rows": rows}
     (folder / "table.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     model = recipe.model

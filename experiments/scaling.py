@@ -2,17 +2,19 @@
 
 Everything is predicted from shapes, on a laptop; a few rows are compiled as well, for simulated devices, and must come
 to the same bytes and flops. Shapes are GPT-2's of 124M, and Llama-like ones of 1B, 7B and 70B: their widths, heads and
-vocabulary, with two matrices of 3/2 the hidden width for the three of a gated MLP, so the same parameters and flops. A
+vocabulary, with two matrices of 3/2 the hidden width for the three of a gated MLP, so the same parameters and flops;
+products in bfloat16, as the peak is. A
 step has 0.5M tokens (GPT-2) or 4M, however many devices share them; times are the highest of the three ceilings on a
 TPU v5p, `report/ceilings.py`: no step is faster, real ones are slower. What is held is so besides activations: where
 that is more than a device has, a plan cannot fit.
 
 What the papers of 2-D, 2.5-D and 3-D tensor parallelism claim is that their bytes fall with the number of devices p,
-while those of 1-D do not: for a batch that does not grow, 1-D O(1), 2-D O(p^-1/2), 2.5-D less, 3-D O(p^-2/3). The other
-tables have one model on p devices of one tensor-parallel group, on square and cubic meshes, and the slope of bytes
-against p. Expect those slopes; and that square 2-D loses where tokens are few, since it sends weights as well: forward
-in a block 7 T h (c-1) + 12 h^2 (r-1) over r c elements, for T tokens of width h, against 4 T h (p-1)/p. On 2x2 that is
-1.75 T h + 3 h^2 against 3 T h, more if T < 2.4 h; so the first table has T = 64 h, and the second T = h.
+while those of 1-D do not: for a batch that does not grow, 1-D O(1), 2-D O(p^-1/2), 2.5-D of fixed depth likewise and
+less, 3-D O(p^-2/3). The other tables have one model on p devices of one tensor-parallel group, on square (2.5-D: two
+deep) and cubic meshes, and the slope of bytes against p. Expect those slopes; and that square 2-D loses where tokens
+are few, since it sends weights as well: forward in a block 7 T h (c-1) + 12 h^2 (r-1) over r c elements, for T tokens
+of width h, against 4 T h (p-1)/p. On 2x2 that is 1.75 T h + 3 h^2 against 3 T h, more if T < 2.4 h; so the first table
+has T = 64 h, and the second T = h.
 (Xu et al. 2021, arXiv:2104.05343; Wang et al. 2021, arXiv:2105.14500; Bian et al. 2021, arXiv:2105.14450; Shoeybi et
 al. 2019, arXiv:1909.08053.)
 
@@ -34,7 +36,7 @@ from jaxpar import Model, Plan, Recipe, Refused
 from jaxpar.cli import exit_codes, flags
 from jaxpar.core.refuse import Problem
 from jaxpar.report.columns import aligned
-from jaxpar.train.folder import inside
+from jaxpar.train.folder import of_study
 
 SHAPES = {  # the model, and sequences per step
     "gpt2_124m": (Model("gpt", layers=12, width=768, heads=12, hidden=3072, context=1024, vocab=50257), 512),
@@ -145,7 +147,9 @@ def parts_of(model: Model, batch: int, plan: str):
     from jaxpar.step.parts import assemble
 
     tokens = jax.ShapeDtypeStruct((batch, model.context), "int32")
-    return assemble(Recipe(model=model, plan=Plan.parse(plan), batch=batch), tokens, tokens, model.vocab)
+    return assemble(
+        Recipe(model=model, plan=Plan.parse(f"{plan},precision=bf16"), batch=batch), tokens, tokens, model.vocab
+    )
 
 
 def measure(kind: str, model: Model, batch: int, plans: list[str], count: int) -> dict:
@@ -166,7 +170,7 @@ def measure(kind: str, model: Model, batch: int, plans: list[str], count: int) -
         held = sum(found["memory"]["predicted"][name] for name in forecast.CERTAIN)
         row = {"kind": kind, "plan": plan, "sent": roof.sent, "held": held}
         row |= {"executed": roof.flops, "model": found["flops"]["model"], "bubble": found["bubble"]}
-        row |= {"seconds": roof.seconds / (1 - found["bubble"]), "bound": roof.bound}
+        row |= {"seconds": roof.seconds, "bound": roof.bound}
         row |= {"fits": found["fits"] is not False}
         return row | {"comm": found["comm"]["predicted"], "roof": ceilings.as_json(roof)}
     return {"kind": kind, "plan": None, "refused": f"{refused.field}: {refused.rule}" if refused else "no such mesh"}
@@ -185,19 +189,19 @@ def compiled(model: Model, batch: int, row: dict) -> dict:
 
 
 def claims(count: int, batch: int) -> dict[str, dict]:
-    """For each scheme, what a device sends on so many devices, on its square, cubic or nearly cubic mesh."""
+    """For each scheme, what a device sends on so many devices, on its square or cubic mesh; 2.5-D has a depth of 2."""
     from jaxpar.report import account
 
     meshes = {
         "one_d": [(count,)],
         "sequence": [(count,)],
         "two_d": [sizes for sizes in _meshes(count, 2) if sizes[0] == sizes[1]],
-        "two_half_d": [sizes for sizes in _meshes(count, 3) if sizes[1] == sizes[2] and 1 < sizes[0] <= sizes[1]],
+        "two_half_d": [(2, *sizes) for sizes in _meshes(count // 2, 2) if sizes[0] == sizes[1] > 1 and count % 2 == 0],
         "three_d": [sizes for sizes in _meshes(count, 3) if len(set(sizes)) == 1],
     }
     found = {}
     for name, choices in meshes.items():
-        for sizes in choices[-1:]:  # of 2.5-D the deepest
+        for sizes in choices:
             plan = f"tensor={name}:{'x'.join(map(str, sizes))}"
             try:
                 sent = account.predicted(parts_of(CLAIMED, batch, plan)).total_sent
@@ -277,7 +281,10 @@ def written(rows: list[dict]) -> str:
         if not row["plan"]:
             lines.append((row["kind"], row["refused"][:60], *[""] * (len(COLUMNS) - 1)))
             continue
-        shown = row | {"share": row["roof"]["arithmetic"] / row["seconds"], "fits": "yes" if row["fits"] else "no"}
+        shown = row | {
+            "share": row["executed"] / row["roof"]["peak"] / row["seconds"],
+            "fits": "yes" if row["fits"] else "no",
+        }
         shown |= {"sent": row["sent"] / 1e9, "held": row["held"] / 1e9, "executed": row["executed"] / 1e12}
         lines.append((row["kind"], *(form.format(shown[key]) for key, (_, form) in COLUMNS.items())))
     head = ("", *(head for head, _ in COLUMNS.values()))
@@ -312,10 +319,7 @@ def main(options: Options) -> None:
     from jaxpar.plan.mesh import simulate
 
     shapes, counts = chosen(options)
-    folder = inside(options.runs_dir, options.name)
-    if (folder / "table.json").exists() and not options.overwrite:
-        raise Refused([Problem("name", options.name, f"{folder} has a table.", "--overwrite, or another --name")])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = of_study(options.runs_dir, options.name, options.overwrite)
     simulate(min(counts))
     rows, began = [], time.perf_counter()
     for done, (shape, count) in enumerate(itertools.product(shapes, counts), 1):

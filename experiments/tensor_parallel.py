@@ -42,7 +42,7 @@ from statistics import median
 from jaxpar import Model, Plan, Recipe, Refused, family
 from jaxpar.cli import exit_codes, parse
 from jaxpar.core.refuse import Problem
-from jaxpar.train.folder import inside
+from jaxpar.train.folder import of_study
 
 BASE = Recipe(
     model=Model("gpt", layers=2, width=128, heads=16, context=64),
@@ -214,19 +214,6 @@ def written(row: dict | None = None) -> str:
     return " ".join(cells)
 
 
-def folder_of(options) -> Path:
-    """The folder of this run, made; one that is there is refused, unless --overwrite.
-
-    Raises:
-        Refused: if there is a table already.
-    """
-    folder = inside(options.runs_dir, options.name)
-    if (folder / "table.json").exists() and not options.overwrite:
-        raise Refused([Problem("name", options.name, f"{folder} has a table.", "--overwrite, or another --name")])
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def main(options) -> None:
     """Measure every tensor-parallel scheme on several meshes of simulated devices."""
     from jaxpar import prepare
@@ -247,7 +234,7 @@ def main(options) -> None:
     devices(max(counts))  # all are made here; a plan takes as many as it needs
     use_cache()
     alone = replace(recipe, plan=Plan())
-    folder, batch = folder_of(options), dataset.batch(0)
+    folder, batch = of_study(options.runs_dir, options.name, options.overwrite), dataset.batch(0)
     first, reference = measure(alone, batch, dataset.classes, None)
     print(f"one device: {first['step_ms']:.1f} ms, {first['memory'] / 1e6:.2f} MB\n\n{written()}")
 

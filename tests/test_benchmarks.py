@@ -44,7 +44,10 @@ def test_different_work_is_not_timed():
         step_time.agree([first, step_time.plain_step(recipe, params)], TINY)
 
 
-@pytest.mark.parametrize("plan", ["data=2", "tensor=fsdp:4", "data=2,tensor=one_d:2"])
+@pytest.mark.parametrize(
+    "plan",
+    ["tensor=fsdp:4", *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("data=2", "data=2,tensor=one_d:2"))],
+)
 def test_the_twin_that_is_compiled_ahead_of_time_does_the_same(plan):
     model = Model("gpt", layers=2, width=16, heads=4, hidden=32, context=8, vocab=64)
     recipe = Recipe(model=model, plan=Plan.parse(plan), batch=8)

@@ -24,8 +24,8 @@ from jaxpar.core import family, files
 from jaxpar.core.makespan import Times, lockstep
 from jaxpar.core.plan import Plan
 from jaxpar.core.recipe import Data, Model, Recipe
-from jaxpar.core.refuse import Refused
-from jaxpar.report import account, flops, layouts, machine, memory
+from jaxpar.core.refuse import Problem, Refused
+from jaxpar.report import account, compiled, flops, layouts, machine, memory
 from jaxpar.step.generate import _likeliest
 from jaxpar.step.parts import prepare
 from jaxpar.train import folder, lock, record
@@ -113,7 +113,20 @@ PIPED = ["experiments.lm", "--model.width", "64", "--plan", "data=2,tensor=one_d
 def test_a_forecast_in_json_is_what_the_parts_say(capsys):
     found = json.loads(told(["plan", *PIPED, "--json", "--predict", "--explain"], capsys))
     parts, _ = prepare(replace(lm.BASE, model=replace(lm.BASE.model, width=64), plan=Plan.parse(PIPED[-1])))
-    figures = {"plan", "devices", "topology", "mesh", "params", "flops", "bubble", "pipeline", "comm", "memory", "fits"}
+    figures = {
+        "plan",
+        "devices",
+        "topology",
+        "room",
+        "mesh",
+        "params",
+        "flops",
+        "bubble",
+        "pipeline",
+        "comm",
+        "memory",
+        "fits",
+    }
     assert set(found) == figures | {"compiled", "warnings", "explain"}
     assert found["compiled"] is found["comm"]["compiled"] is found["memory"]["compiled"] is found["fits"] is None
     assert found["flops"]["model"] == flops.of_model(parts) / 16 < found["flops"]["executed"] == flops.executed(parts)
@@ -131,7 +144,8 @@ def test_a_forecast_in_json_is_what_the_parts_say(capsys):
     for row in found["explain"]:
         terms[row["figure"]] = terms.get(row["figure"], 0) + row["value"]
     assert terms.pop("flops executed") == found["flops"]["executed"] and terms.pop("bubble") == found["bubble"]
-    assert terms.pop("memory parameters") == held["parameters"]
+    assert terms.pop("flops model") == found["flops"]["model"]
+    assert all(terms.pop(f"memory {name}") == size for name, size in held.items() if name != "total")
     sums = {f"comm {axes}": sum(kinds.values()) for axes, kinds in found["comm"]["predicted"].items()}
     assert terms == pytest.approx(sums)
     pipeline, table = found["pipeline"], parts.pipeline.table
@@ -161,7 +175,7 @@ def test_a_forecast_as_text_with_its_timetable(capsys, tmp_path):
     words.append("--predict")
     said = told(["plan", *words, "--plan", "pipe=2,microbatches=1", "--timetable"], capsys)
     assert said.endswith("d0 |F0  .  .  . B0  =\nd1 | . F0 B0  =  .  .\n")
-    assert "idle         50.0% of each device's time" in said
+    assert "idle         50.0% of the time, as all wait" in said
     assert said.count("warning: ") == 2 and "stages have 2, 1 blocks" in said and "1 microbatches never keep 2" in said
     alone = told(["plan", *words, "--plan", "partition=auto"], capsys)
     assert "pipeline" not in alone and "all_" not in alone and "warning: partition=auto" in alone
@@ -207,6 +221,34 @@ def test_predicted_and_compiled_stand_side_by_side(capsys, tmp_path):
     assert "mesh: pipe 2 x row 2 x column 2" in before and "row 1         6         7" in before
 
 
+def test_a_topology_needs_no_compiler_to_predict_for(capsys, tmp_path, monkeypatch):
+    words = ["--model.name", "mlp", "--data.name", "digits", "--model.layers", "2", "--model.width", "16"]
+    picture = tmp_path / "roof.png"
+    flags = ["--topology", "v5e:2x4", "--predict", "--roofline", str(picture)]
+    said = told(["plan", *words, "--plan", "tensor=fsdp:8", *flags], capsys)
+    assert "ceilings on v5e:2x4" in said and picture.read_bytes().startswith(b"\x89PNG")
+    assert "of its 16.0 GiB" in said and "compiling" not in said
+    found = json.loads(told(["plan", *words, "--plan", "tensor=fsdp:8", *flags, "--json"], capsys))
+    assert found["topology"] == "v5e:2x4" and found["room"] == 2**34 and found["fits"] is None
+    assert found["ceilings"]["bound"] in ("memory", "communication") and len(found["warnings"]) == 1
+
+    def full(parts, where):
+        raise compiled.DoesNotFit([Problem("topology", where.word, "the step does not fit: Used 17G of 16G.", "")])
+
+    monkeypatch.setattr(compiled, "compile_for", full)
+    said = told(["plan", *words, "--plan", "tensor=fsdp:8", "--topology", "v5e:2x4"], capsys)
+    assert "It does not fit into the memory of a device." in said and "warning: the step does not fit: Used 17G" in said
+
+
+def test_a_plan_from_shapes_needs_no_more_data_than_one_example(capsys):
+    flags = ["--batch", "65536", "--plan", "data=64,tensor=one_d:4", "--predict", "--json"]
+    assert json.loads(told(["plan", *flags], capsys))["memory"]["predicted"]["batch"] == 2 * 4 * 128 * 65536 // 64
+    said = told(["plan", *flags[:-2]], capsys)
+    assert said.endswith("not compiled: that is done for 64 simulated devices at most, or for a --topology\n")
+    auto = told(["plan", "--plan", "data=2,partition=auto", "--predict", "--explain"], capsys)
+    assert "memory optimizer" in auto and "flops model" in auto and "activations" not in auto
+
+
 def test_which_device_holds_what():
     axes = {"a": 2, "b": 3, "c": 2}
     found = layouts.holders(axes, (("b", "a"), (), ("c",)))
@@ -241,6 +283,10 @@ def test_a_forecast_of_a_file(capsys, tmp_path):
 @pytest.mark.parametrize(
     "words, said",
     [
+        (["--topology", ""], "topology = : is no topology"),
+        (["--topology", "v5e:2x4"], "topology = v5e:2x4: has 8 devices, and the plan data=1 takes 1"),
+        (["--picture", "a.pdf"], "picture = a.pdf: is no name of a picture"),
+        (["--roofline", "a.png"], "roofline = a.png: needs devices of a known kind"),
         (["experiments.nothing"], "recipe = experiments.nothing: there is no such module"),
         ([".."], "recipe = ..: there is no such module"),
         (["experiments.tensor_parallel.more"], "there is no such module"),
@@ -250,7 +296,7 @@ def test_a_forecast_of_a_file(capsys, tmp_path):
         (["experiments.lm", "--plan", "pipe=99,microbatches=4"], "99"),
         (["experiments.lm", "--plan", "data=2", "--devices", "3"], "devices = 3: the plan data=2 needs 2"),
         (["experiments.lm", "--timetabel"], "--timetabel"),
-        (["experiments.lm", "--picture", "setup.nothing"], "picture = setup.nothing: cannot be written"),
+        (["experiments.lm", "--picture", "setup.nothing"], "picture = setup.nothing: is no name of a picture"),
     ],
 )
 def test_a_forecast_of_wrong_words_is_refused(words, said, capsys, tmp_path, monkeypatch):

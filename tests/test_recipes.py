@@ -137,7 +137,7 @@ def test_the_memory_that_a_step_holds_is_that_of_its_arrays(model, plan):
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
     assert found["parameters"] == found["gradients"] == here(state.params)
-    assert (found["optimizer"], found["other state"]) == (here(state.opt), here((state.extra, state.comm)))
+    assert (found["optimizer"], found["state"]) == (here(state.opt), here((state.extra, state.comm)))
     assert found["batch"] == here(made.place(dataset.batch(0)))
     assert 0 < memory.available(jax.devices()[0], 8) == machine.memory()[1] // 8
 

@@ -2,17 +2,19 @@
 
 import jax
 import pytest
-from harness import SMALL, built, recipe_of
+from harness import CLASSES, CONTEXT, SMALL, recipe_of
 
 from jaxpar.core import products
 from jaxpar.report import ceilings, efficiency, forecast, roofline, topology
 from jaxpar.report.compiled import rates_of
+from jaxpar.step.parts import assemble
 from jaxpar.step.program import traced
 
 
 def roof_of(plan, word):
     recipe = recipe_of(SMALL["gpt"], plan)
-    (parts, _), where = built(recipe), topology.parse(word)
+    tokens, where = jax.ShapeDtypeStruct((recipe.batch, CONTEXT), "int32"), topology.parse(word)
+    parts = assemble(recipe, tokens, tokens, CLASSES)
     trace = traced(parts)
     found = forecast.forecast(recipe.plan, parts, where, trace)
     return found, ceilings.roof(found, parts, where, trace), where
@@ -33,6 +35,10 @@ def test_ceilings_are_amounts_over_rates(tmp_path):
     alone = roof_of("data=1", "v5e:1x1")[1]
     assert alone.sent == alone.communication == 0 and alone.link_rate is None and alone.bound == "memory"
     assert roofline.picture(tmp_path / "roof.png", [roof, alone]).read_bytes().startswith(b"\x89PNG")
+    far, near = (roof_of("data=2,tensor=fsdp:8", word)[1] for word in ("v5e:2x4*2", "v5e:4x4"))
+    assert far.sent == near.sent and far.communication > 1.5 * near.communication, "slices have slow links"
+    staged = roof_of("pipe=2,microbatches=2", "h100:1x1x2")[1]
+    assert staged.idle == pytest.approx(1 / 3) and staged.arithmetic == pytest.approx(staged.flops / staged.peak * 1.5)
     fast = alone._replace(traffic=alone.traffic / 1e6, memory=alone.memory / 1e6)
     assert fast.bound == "arithmetic" and "at most 100% of peak" in ceilings.text(fast)
 

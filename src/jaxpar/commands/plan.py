@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +25,7 @@ from tyro.conf import arg
 
 from jaxpar import cli
 from jaxpar.core.recipe import Recipe
-from jaxpar.core.refuse import Problem, Refused
+from jaxpar.core.refuse import Problem, Refused, refuse
 from jaxpar.train import record
 
 
@@ -82,22 +82,26 @@ def plan(argv: Sequence[str]) -> None:
 
     from jaxpar.plan import mesh
     from jaxpar.report import forecast, topology
-    from jaxpar.step.parts import prepare
+    from jaxpar.step.parts import sketch
     from jaxpar.step.program import traced
 
     jax.config.update("jax_platforms", "cpu")  # a run may hold the accelerators of this machine
     plan, shown, say = asked.recipe.plan, asked.shown, _nothing if asked.shown.json else _printed
-    where = topology.parse(shown.topology) if shown.topology else None
+    refuse([*_unwritable("picture", shown.picture), *_unwritable("layout_picture", shown.layout_picture)])
+    refuse([*_unwritable("roofline", shown.roofline)])
+    where = None if shown.topology is None else topology.parse(shown.topology)
     if where and mesh.needed(plan) not in (0, where.count):
         rule = f"has {where.count} devices, and the plan {plan} takes {mesh.needed(plan)}."
         raise Refused([Problem("topology", where.word, rule, "a topology and a plan for as many devices")])
     compile_it = not shown.predict and (where or mesh.needed(plan) <= MOST_COMPILED)
     mesh.simulate(mesh.needed(plan) if compile_it and not where else 1)
-    parts, _ = prepare(asked.recipe, asked.run.data_dir)
+    parts = sketch(asked.recipe, asked.run.data_dir)
     trace = traced(parts) if parts.partition == "manual" else None
     found = forecast.forecast(plan, parts, where, trace)
     more = _ceilings(found, parts, where, trace, shown) | _more(plan, parts, trace, shown)
     say("\n\n".join([forecast.text(found), *map(str, more.values())]))
+    if not compile_it and not shown.predict:
+        say(f"\nnot compiled: that is done for {MOST_COMPILED} simulated devices at most, or for a --topology")
     if compile_it:
         say(f"\ncompiling for {where.word if where else str(found['devices']) + ' simulated devices'} ...\n")
         found = _with_compiled(found, parts, where)
@@ -179,6 +183,12 @@ def _more(plan, parts, trace, shown: Shown) -> dict:
         drawn = functools.partial(layouts.picture, axes=axes, shown=layouts.arrays(parts))
         made["layout_picture"] = _drawn("layout_picture", shown.layout_picture, drawn)
     return made
+
+
+def _unwritable(field: str, word: str | None) -> Iterator[Problem]:
+    """One problem if a picture cannot go by this name."""
+    if word is not None and (not word.lower().endswith(".png") or Path(os.path.expanduser(word)).is_dir()):
+        yield Problem(field, word, "is no name of a picture.", "a file that ends in .png")
 
 
 def _drawn(field: str, word: str, draw) -> str:

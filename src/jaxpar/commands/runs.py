@@ -43,6 +43,8 @@ def _listed(
         float | None, arg(help="also which run was there first: steps to this training loss times time per step.")
     ] = None,
 ) -> None:
+    if loss is not None and not 0 < loss < float("inf"):
+        raise Refused([Problem("loss", loss, "is no loss.", "a number of nats above 0")])
     if names:
         found, broken = [record.record(record.find(name, runs_dir)) for name in dict.fromkeys(names)], []
     else:
@@ -124,12 +126,14 @@ def _efficiency(found: list[Record], level: float, path: Path) -> str:
         for one in found
         if timed[one.folder.name]
     }
-    if not known:
-        return "no run has timed steps"
-    said = efficiency.text(known)
+    without = [one.folder.name for one in found if one.folder.name not in known]
+    said = "\n".join([*([efficiency.text(known)] if known else []), *(f"{name}: no timed steps" for name in without)])
     if not any(one.seconds for one in known.values()):
         return said
-    return f"{said}\npicture: {efficiency.picture(path, known, level)}"
+    try:
+        return f"{said}\npicture: {efficiency.picture(path, known, level)}"
+    except OSError as error:
+        raise Refused([Problem("runs_dir", path, f"cannot be written: {error}.", "another --runs-dir")]) from error
 
 
 def _picture(found: list[Record], path: Path) -> Path:

@@ -3,9 +3,11 @@
 Source: Williams, Waterman and Patterson 2009, Roofline, CACM 52(4); the third ceiling is the same for links.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from jaxpar.core import products
+from jaxpar.plan.mesh import across_slices
 from jaxpar.report.compiled import rates_of
 from jaxpar.report.topology import Topology
 from jaxpar.report.traced import shares_of
@@ -15,7 +17,7 @@ STATE_PASSES = 2  # parameters and optimizer state are read and written once eac
 
 
 class Roof(NamedTuple):
-    """A plan on devices of one kind; each figure is of one device and one step, predicted, nothing overlapped.
+    """A plan on devices of one kind; each figure is of one device and one step, predicted.
 
     Attributes:
         plan: its text.
@@ -26,7 +28,8 @@ class Roof(NamedTuple):
         peak: flops per second, dense bfloat16.
         memory_rate: bytes per second from memory.
         link_rate: bytes per second to other devices, the mean over what is sent; None if nothing is.
-        arithmetic, memory, communication: seconds that each would take alone.
+        idle: share of the time for which a device of the pipeline has nothing to do, by the clock.
+        arithmetic, memory, communication: seconds that each would take alone, the first two stretched by `idle`.
     """
 
     plan: str
@@ -37,6 +40,7 @@ class Roof(NamedTuple):
     peak: float
     memory_rate: float
     link_rate: float | None
+    idle: float
     arithmetic: float
     memory: float
     communication: float
@@ -68,7 +72,9 @@ def roof(found: dict[str, Any], parts: Parts, where: Topology, trace) -> Roof:
     sent, seconds = 0.0, 0.0
     for label, kinds in found["comm"]["predicted"].items():
         for kind, size in kinds.items():
-            sent, seconds = sent + size, seconds + size / rates.link(label, kind)
+            far = size * _far(label.split("+"), axes, where)
+            sent += size
+            seconds += (size - far) / rates.link(label, kind) + (far / chip.network if far else 0.0)
     peak, executed = chip.flops["bf16"] / chip.cores, found["flops"]["executed"]
     memory_rate = chip.memory_rate / chip.cores
     return Roof(
@@ -80,10 +86,20 @@ def roof(found: dict[str, Any], parts: Parts, where: Topology, trace) -> Roof:
         peak=peak,
         memory_rate=memory_rate,
         link_rate=sent / seconds if seconds else None,
-        arithmetic=executed / peak,
-        memory=traffic / memory_rate,
+        idle=found["bubble"],
+        arithmetic=executed / peak / (1 - found["bubble"]),
+        memory=traffic / memory_rate / (1 - found["bubble"]),
         communication=seconds,
     )
+
+
+def _far(label: list[str], axes: dict[str, int], where: Topology) -> float:
+    """The share of a collective's bytes that goes between slices of TPUs: sums within slices first, then across.
+
+    Of n devices in o slices, (o-1)/(n-1) of what a ring of n would send.
+    """
+    across = across_slices(axes, where.slices) if where.platform == "tpu" and where.slices > 1 else None
+    return (where.slices - 1) / (math.prod(axes[axis] for axis in label) - 1) if across in label else 0.0
 
 
 def as_json(found: Roof) -> dict[str, Any]:
@@ -96,5 +112,6 @@ def text(found: Roof) -> str:
     parts = ", ".join(f"{name} {getattr(found, name):.3g} s" for name in ("arithmetic", "memory", "communication"))
     ratios = f"{found.flops / found.traffic:,.0f} flops per byte of memory"
     ratios += f", {found.flops / found.sent:,.0f} per byte sent" if found.sent else ""
-    reached = f"at most {found.arithmetic / found.seconds:.0%} of peak ({ratios})"
+    share = found.flops / found.peak / found.seconds
+    reached = f"at most {share:.0%} of the dense bfloat16 peak ({ratios})"
     return f"ceilings on {found.topology}: {parts}; bound by {found.bound}: {reached}"

@@ -167,7 +167,7 @@ def read(
         mfu=flops.of_model(parts) / count / played.seconds / peak if timed else None,
         warnings=tuple(dict.fromkeys((*traffic.unknown, *played.unknown))),
     )
-    return found._replace(warnings=(*found.warnings, *doubts(found)))
+    return found._replace(warnings=(*found.warnings, *doubts(found, parts.pipeline.table.devices)))
 
 
 def play(parts: Parts, text: str, where: Topology | None) -> tuple[hlo.Traffic, Played]:
@@ -272,11 +272,11 @@ def _over_all(sent: dict[tuple[str, str], float]) -> dict[tuple[str, str], float
     return total
 
 
-def doubts(found: Compiled) -> list[str]:
-    """What cannot be true, or should not be: a sentence each."""
+def doubts(found: Compiled, stages: int = 1) -> list[str]:
+    """What cannot be true, or should not be: a sentence each. One of `stages` devices may have all of the work."""
     ratio, said = found.flops / found.model_flops if found.model_flops else 1.0, []
-    if not FLOPS_RATIO[0] * 0.999 <= ratio <= FLOPS_RATIO[1]:
-        said.append(f"executed flops are {ratio:.3f} times the model's; expected between 1 and 2")
+    if not FLOPS_RATIO[0] * 0.999 <= ratio <= FLOPS_RATIO[1] * stages:
+        said.append(f"executed flops are {ratio:.3f} times the model's; expected between 1 and {2 * stages}")
     if found.mfu is not None and not 0 < found.mfu < 1:
         said.append(f"the estimated MFU is {found.mfu:.2f}: the estimate is wrong")
     if found.aliased < KEPT * found.state:

@@ -1,4 +1,4 @@
-"""Which formula gave each figure of a forecast: the sums of its rows are the figures themselves."""
+"""Which formula gave each figure of a forecast: the terms of a figure add up to it."""
 
 import math
 from collections import Counter
@@ -9,7 +9,7 @@ import jax
 from jaxpar.core import products
 from jaxpar.core.makespan import Times, makespan
 from jaxpar.plan import layout, padding
-from jaxpar.report import account
+from jaxpar.report import account, flops, memory
 from jaxpar.report.columns import aligned
 from jaxpar.report.traced import shares_of
 from jaxpar.step.parts import Parts
@@ -44,11 +44,11 @@ def rows(parts: Parts, trace, times: Times) -> list[Row]:
 
     Args:
         parts: of the run.
-        trace: `traced(parts)`.
+        trace: `traced(parts)`; None where XLA decides the collectives.
         times: that each kind of work takes, for the idle time.
     """
-    sent = [] if parts.partition == "auto" else _sent(parts, trace)
-    return [*_flops(parts, trace), *sent, *_parameters(parts), *_idle(parts, times)]
+    traced = [] if trace is None else [*_flops(parts, trace), *_sent(parts, trace)]
+    return [_model(parts), *traced, *_parameters(parts), *_held(parts, trace), *_idle(parts, times)]
 
 
 def as_json(found: list[Row]) -> list[dict[str, Any]]:
@@ -57,11 +57,33 @@ def as_json(found: list[Row]) -> list[dict[str, Any]]:
 
 
 def text(found: list[Row]) -> str:
-    """The rows as a table, the largest terms of each figure first."""
+    """The rows as a table, the largest terms first; (n-1)/n and the like are what a ring of n devices sends."""
     order = {figure: number for number, figure in enumerate(dict.fromkeys(row.figure for row in found))}
     lines = sorted(found, key=lambda row: (order[row.figure], -row.value))
     cells = [(row.figure, row.what, row.formula, _number(row.value)) for row in lines]
     return aligned(("figure", "term", "formula", "value"), cells, ("value",))
+
+
+def _model(parts: Parts) -> Row:
+    count, total = math.prod(parts.settings.placement.scheme.axes.values()), flops.of_model(parts)
+    what = "products once forward, and once back per operand that a parameter comes into"
+    return Row("flops model", what, f"{total:,.0f} / {count} devices", total / count)
+
+
+def _held(parts: Parts, trace) -> list[Row]:
+    """All that is held besides parameters, each category as one term."""
+    found = memory.held(parts) if trace is None else memory.predicted(parts, trace)
+    own, opt = found["parameters"], found["optimizer"]
+    shapes = " and ".join(f"{_by(one.shape)} x {one.dtype.itemsize} bytes" for one in (parts.inputs, parts.labels))
+    how = {
+        "gradients": ("one per parameter", f"1 x {own:,}"),
+        "optimizer": ("its state", f"{opt // own if own else 0} x {own:,} + {opt % own if own else opt:,}"),
+        "state": ("without gradient", "as parameters, or whole where nothing splits it"),
+        "batch": ("inputs and labels", f"({shapes}) / devices that split rows"),
+        "activations": ("kept from forward to backward operations", "the fullest moment of the trace"),
+        "transient": ("whatever else is there", "the fullest moment of the trace"),
+    }
+    return [Row(f"memory {name}", *how[name], float(found[name])) for name in how if name in found]
 
 
 def _flops(parts: Parts, trace) -> list[Row]:

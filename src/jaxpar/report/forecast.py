@@ -34,7 +34,7 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
     Returns:
         plan: its text.
         devices: how many it takes.
-        topology: the devices that it is meant for; None: none in particular.
+        topology: the devices that it is meant for; None: none in particular. room: bytes that each has.
         mesh: size of each axis, major axis first.
         params: numbers that are trained, over all devices and without padding.
         flops: of one device and step: `model`, its part of the model's own; `executed`, of the products that it carries
@@ -56,12 +56,13 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
     count, manual = math.prod(axes.values()), parts.partition == "manual"
     trace = trace or (traced(parts) if manual else None)
     held = memory.predicted(parts, trace) if manual else memory.held(parts)
-    held.setdefault("total", sum(held.values()))
+    held = {"total": None} | held
     pipeline = _pipeline(plan, parts)
     return {
         "plan": str(plan),
         "devices": count,
         "topology": where and where.word,
+        "room": where and where.memory,
         "mesh": dict(axes),
         "params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
         "flops": {
@@ -75,7 +76,7 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
         "memory": {"predicted": held, "compiled": None},
         "fits": False if where and sum(held[name] for name in CERTAIN if name in held) > where.memory else None,
         "compiled": None,
-        "warnings": [*_warnings(plan, parts), *([FOLLOWED] if where else [])],
+        "warnings": [*_warnings(plan, parts), *([FOLLOWED] if where and manual else [])],
     }
 
 
@@ -174,14 +175,15 @@ def text(found: dict[str, Any]) -> str:
         ("parameters", f"{found['params']:,}"),
     ]
     if pipeline["stages"] > 1:
-        idle = f"{found['bubble']:.1%} of each device's time, {pipeline['lockstep_bubble']:.1%} in lock-step"
+        idle = f"{pipeline['lockstep_bubble']:.1%} of the time, as all wait for the slowest in each tick"
+        idle = f"{idle}; {found['bubble']:.1%} if none had to"
         counts = f"{pipeline['stages']} stages, {pipeline['microbatches']} microbatches, {pipeline['ticks']} ticks"
         rows += [
             ("pipeline", f"{pipeline['schedule']}, {counts}"),
-            ("idle", f"{idle}, if backward takes twice as long as forward"),
+            ("idle", f"{idle} (backward twice as long as forward, equal stages)"),
             ("blocks", f"{', '.join(map(str, pipeline['blocks']))}, by stage"),
-            ("inputs held", f"{', '.join(map(str, pipeline['live']))} at most, by device"),
-            ("messages", f"{pipeline['messages']:,} a step, over all devices"),
+            ("inputs held", f"{', '.join(map(str, pipeline['live']))} of stages at most, by device"),
+            ("messages", f"{pipeline['messages']:,} a step that carry something; each device sends in every tick"),
         ]
     lines = [aligned(("", ""), rows).strip("\n"), _figures(found), *_own(found)]
     return "\n\n".join([*lines, *(f"warning: {sentence}" for sentence in found["warnings"])])
@@ -219,7 +221,13 @@ def _sent(predicted: dict | None, after: dict | None) -> Iterable[tuple]:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
+    """In full, and above a million also to three digits."""
+    if value is None:
+        return ""
+    for size, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value:,.0f} ({value / size:.3g} {name})"
+    return f"{value:,.0f}"
 
 
 def _ratio(before: float | None, after: float | None) -> str:
@@ -240,5 +248,11 @@ def _own(found: dict[str, Any]) -> Iterable[str]:
         if made["started"]:
             rows.append(("sent meanwhile", f"{made['beside']:,.0f} of {made['started']:,.0f} asynchronous bytes"))
         yield aligned(("", ""), rows).strip("\n")
+    if found["room"] and found["fits"] is None:
+        certain = sum(found["memory"]["predicted"].get(name, 0) for name in CERTAIN)
+        yield (
+            f"Without activations each device holds {certain / 2**30:,.2f} of its {found['room'] / 2**30:,.1f} GiB; "
+            "whether the rest fits, the compiled step says."
+        )
     if found["fits"] is not None:
         yield f"It {'fits' if found['fits'] else 'does not fit'} into the memory of a device."

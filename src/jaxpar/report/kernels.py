@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxpar.core.walk import jaxprs
+
 VIEWS = {  # the result is the operand, under another shape or type
     *("reshape", "squeeze", "expand_dims", "pcast", "pvary", "copy", "copy_p", "stop_gradient"),
     *("random_wrap", "random_unwrap", "sharding_constraint", "optimization_barrier", "bitcast_convert_type"),
@@ -126,13 +128,8 @@ def flatten(graph: Graph, jaxpr, given: Sequence[int], backward: bool = False) -
 
 
 def jaxprs_of(equation) -> list:
-    """The jaxprs within an operation."""
-    found = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
-    return [getattr(one, "jaxpr", one) for one in found if _is_jaxpr(one)]
-
-
-def _is_jaxpr(one) -> bool:
-    return hasattr(one, "eqns") or hasattr(getattr(one, "jaxpr", None), "eqns")
+    """The jaxprs within an operation, open."""
+    return [getattr(one, "jaxpr", one) for one in jaxprs(equation)]
 
 
 def _same(name: str, equation) -> bool:

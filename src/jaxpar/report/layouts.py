@@ -79,7 +79,7 @@ def arrays(parts: Parts) -> list[Array]:
         if word in width:
             dims = (*rows, word)
             over = layout.activation(placement, " ".join(dims), len(dims))
-            found.append(Array(f"activations, {word}", dims, (*counts, width[word]), over))
+            found.append(Array(f"activations of a microbatch, {word}", dims, (*counts, width[word]), over))
     seen = set()
     for (path, words), leaf in leaves:
         if words not in seen and len(words.removeprefix("layers").split()) > 1:
@@ -107,6 +107,8 @@ def _text(axes: Mapping[str, int], array: Array) -> str:
         lines += [f"  {title}"] if title else []
         for line in cells:
             lines.append("  " + "  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)))
+    if max(math.prod(axes[axis] for axis in over) for over in array.layout) > MOST:
+        lines.append(f"  ... and so on: the first {MOST} parts of each dim are shown")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -117,7 +119,7 @@ def _slabs(axes: Mapping[str, int], array: Array):
     held = held.reshape([held.shape[dim] for dim in split])
     names = [_spans(array.dims[dim], array.shape[dim], count) for dim, count in zip(split, held.shape, strict=True)]
     if len(split) == 1:
-        names, held = [[array.dims[split[0]] and ""], *names], held[None]
+        names, held = [[""], *names], held[None]
     *outer, rows, columns = names
     for place in itertools.product(*(range(len(some)) for some in outer)):
         title = ", ".join(some[number] for some, number in zip(outer, place, strict=True))
@@ -145,6 +147,8 @@ def _ranges(devices: Sequence[int]) -> str:
 def picture(path: Path, axes: Mapping[str, int], shown: Sequence[Array]) -> Path:
     """The same as PNG: a row of grids per array, each part in the colour of the first device that holds it."""
     drawn = [(array, list(_slabs(axes, array))[:4]) for array in shown if any(array.layout)]
+    if not drawn:
+        raise ValueError("nothing is split: every device holds everything")
     figure = Figure(figsize=(11, max(2.0, 1.3 * len(drawn))), dpi=150, layout="constrained")
     count = math.prod(axes.values())
     for row, (array, slabs) in zip(figure.subfigures(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):

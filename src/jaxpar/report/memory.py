@@ -37,7 +37,7 @@ def held(parts: Parts) -> dict[str, int]:
         "parameters": parameters,
         "gradients": parameters,
         "optimizer": _bytes(placement, words, opt),
-        "other state": _bytes(placement, model.dims[1], extra) + sum(map(_size, jax.tree.leaves(comm))),
+        "state": _bytes(placement, model.dims[1], extra) + sum(map(_size, jax.tree.leaves(comm))),
         "batch": sum(_size(a) // rows for a in (parts.inputs, parts.labels)),
     }
 
@@ -61,8 +61,7 @@ def predicted(parts: Parts, trace=None) -> dict[str, int]:
     jaxpr = trace or traced(parts)
     peak, known = _peak(parts, jaxpr), held(parts)
     kept = min(peak.kept if parts.pipeline.plain else account.pool_bytes(parts, jaxpr), peak.bytes)
-    found = {"state" if name == "other state" else name: size for name, size in known.items()}
-    return found | {
+    return known | {
         "activations": kept,
         "transient": max(0, peak.bytes - kept - known["gradients"]),
         "total": sum(known.values()) - known["gradients"] + peak.bytes,

@@ -73,6 +73,18 @@ def prepare(recipe: Recipe, data_dir: str | None = None) -> tuple[Parts, Dataset
     return assemble(recipe, *shapes, dataset.classes), dataset
 
 
+def sketch(recipe: Recipe, data_dir: str | None = None) -> Parts:
+    """As `prepare`, to plan with: a batch may have more examples than the data has.
+
+    Raises:
+        Refused: as `prepare`, but for what a run asks of its data.
+    """
+    refuse(strict.mistyped(recipe))
+    dataset = _dataset(dataclasses.replace(recipe, batch=1), data_dir)
+    shapes = [jax.ShapeDtypeStruct((recipe.batch, *a.shape[1:]), a.dtype) for a in dataset.batch(0)]
+    return assemble(recipe, *shapes, dataset.classes)
+
+
 def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
     """Everything but the data, for batches of the given shapes.
 

@@ -52,6 +52,23 @@ def inside(runs_dir: str, name: str) -> Path:
     return Path(os.path.expanduser(runs_dir)) / name
 
 
+def of_study(runs_dir: str, name: str, overwrite: bool) -> Path:
+    """The folder for the table and the pictures of an experiment, made; unless `overwrite`, one without a table.
+
+    Raises:
+        Refused: if there is a table already, the name cannot be that of a folder, or the folder cannot be made.
+    """
+    folder = inside(runs_dir, name)
+    if (folder / "table.json").exists() and not overwrite:
+        raise Refused([Problem("name", name, f"{folder} has a table.", "--overwrite, or another --name")])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"the folder {folder} cannot be made: {error.strerror or error}."
+        raise Refused([Problem("runs_dir", runs_dir, rule, "a folder that you may write to")]) from error
+    return folder
+
+
 def clear(folder: Path) -> bool:
     """Delete the folder of a run, but for its lock if that is held; False, and nothing is touched, if it is none.
 
