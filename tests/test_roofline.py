@@ -40,7 +40,7 @@ def test_ceilings_are_amounts_over_rates(tmp_path):
     staged = roof_of("pipe=2,microbatches=2", "h100:1x1x2")[1]
     assert staged.idle == pytest.approx(1 / 3) and staged.arithmetic == pytest.approx(staged.flops / staged.peak * 1.5)
     fast = alone._replace(traffic=alone.traffic / 1e6, memory=alone.memory / 1e6)
-    assert fast.bound == "arithmetic" and "at most 100% of peak" in ceilings.text(fast)
+    assert fast.bound == "arithmetic" and "at most 100% of the dense" in ceilings.text(fast)
 
 
 def test_a_product_moves_its_operands_and_its_result():
