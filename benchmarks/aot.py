@@ -189,7 +189,7 @@ def written(name: str, found: list[compiled.Compiled]) -> list[tuple[str, ...]]:
     """The rows of a case: jaxpar, the twin, and their ratio."""
     forms = ("{:.4f}", "{:.3f}", "{:.3f}", "{:.0%}", "{:.2f}", "{:.2f}", "{:.0f}")
     values = [figures(one) for one in found]
-    ratios = [first / second if first is not None and second else None for first, second in zip(*values, strict=True)]
+    ratios = [first / second if second and second > 1e-3 else None for first, second in zip(*values, strict=True)]
     rows = [("jaxpar", values[0], forms), ("twin", values[1], forms), ("ratio", ratios, ("{:.3f}",) * len(forms))]
     return [
         (name if who == "jaxpar" else "", who)
