@@ -67,13 +67,13 @@ def check(plan, layers=4):
 CASES = [
     ("microbatches=4,schedule=gpipe,storage=residual", 4),  # all F before the first B
     ("microbatches=4,data=2,schedule=zero_bubble_h1", 4),
-    ("pipe=2,data=2,schedule=gpipe,microbatches=4,storage=residual", 4),
     ("pipe=4,data=2,schedule=one_f_one_b,microbatches=4,storage=residual", 2),  # cut between parts
     ("pipe=2,data=2,schedule=interleaved,chunks=2,microbatches=4", 5),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
             ("microbatches=4", 4),
+            ("pipe=2,data=2,schedule=gpipe,microbatches=4,storage=residual", 4),
             ("pipe=4,schedule=gpipe,microbatches=4", 4),
             ("pipe=2,data=2,schedule=one_f_one_b,microbatches=4", 4),
             ("pipe=2,tensor=one_d:2,schedule=interleaved,chunks=2,microbatches=4,storage=residual", 4),

@@ -59,9 +59,7 @@ def check(parts: Parts, tolerance: float) -> None:
 
 QUICK = [
     ("gpt", "data=2,tensor=one_d:2,microbatches=2"),
-    ("gpt", "data=2,tensor=fsdp:2"),
     ("mlp", "data=1"),
-    ("gru", "tensor=one_d:2"),
 ]
 
 
@@ -82,6 +80,8 @@ SLOW = [
     ("deep", "tensor=one_d:4"),
     ("dropout", "tensor=one_d:2"),
     ("relu", "data=2,tensor=fsdp:2"),
+    ("gpt", "data=2,tensor=fsdp:2"),
+    ("gru", "tensor=one_d:2"),
     ("mlp", "tensor=one_d:2"),
     ("convnet", "data=1"),
 ]

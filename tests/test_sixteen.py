@@ -22,9 +22,10 @@ def script(*words):
     "words",
     [
         ("pipe=4", "schedule=one_f_one_b", "storage=recompute", "tied"),
-        ("tensor=three_d:2x2x2", "schedule=zero_bubble_h1", "storage=residual", "untied"),
+        pytest.param(
+            ("tensor=three_d:2x2x2", "schedule=zero_bubble_h1", "storage=residual", "untied"), marks=pytest.mark.slow
+        ),
     ],
-    ids=",".join,
 )
 def test_gradients_on_sixteen_devices_are_those_of_one(words):
     assert "1 of 1 cases" in script(*words)
