@@ -13,7 +13,7 @@ is autotuned. Ratios are jaxpar / twin: below 1 is better, for overlap above.
 
 Expect: bytes at most those of the twin, since gradients are reduce-scattered where XLA's partitioner sums whole ones;
 flops and memory alike. Needs `pip install 'jaxpar[aot-tpu]'` for TPUs and `jaxpar[aot-cuda12]` for GPUs: what is not
-installed is left out, and said. Twenty minutes on 2 cores.
+installed is left out, and said. Six minutes on 2 idle cores.
 
     python -m benchmarks.aot
     python -m benchmarks.aot --cases 0,1
