@@ -70,7 +70,7 @@ def plan(argv: Sequence[str]) -> None:
     """Print the forecast of a recipe: of flags, of a JSON file, or the `BASE` of a module, changed by flags.
 
     Raises:
-        Refused: for a first word that names no recipe, and for all that `prepare` refuses.
+        Refused: for a first word that names no recipe, and for all that `sketch` refuses.
         SystemExit: as of `cli.flags`.
     """
     base = Recipe()
@@ -87,8 +87,8 @@ def plan(argv: Sequence[str]) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # a run may hold the accelerators of this machine
     plan, shown, say = asked.recipe.plan, asked.shown, _nothing if asked.shown.json else _printed
-    refuse([*_unwritable("picture", shown.picture), *_unwritable("layout_picture", shown.layout_picture)])
-    refuse([*_unwritable("roofline", shown.roofline)])
+    pictures = ("picture", "layout_picture", "roofline")
+    refuse(problem for field in pictures for problem in _unwritable(field, getattr(shown, field)))
     where = None if shown.topology is None else topology.parse(shown.topology)
     if where and mesh.needed(plan) not in (0, where.count):
         rule = f"has {where.count} devices, and the plan {plan} takes {mesh.needed(plan)}."

@@ -88,9 +88,7 @@ def with_compiled(found: dict[str, Any], made: Compiled) -> dict[str, Any]:
         `mfu`, in dense bfloat16 flops of the chip. Good to compare two plans on the same chip.
     started, beside: bytes that are sent while the device may go on, and while it does.
     """
-    sent: dict[str, dict[str, float]] = {}
-    for (axes, kind), value in made.sent.items():
-        sent.setdefault(axes, {})[kind] = value
+    sent = bill.by_axis(Cost(made.sent))
     held = {name: getattr(made, name) for name in ("arguments", "outputs", "aliased", "temporary", "code")}
     causes = ("seconds", "compute", "kernels", "exposed", "fetching", "idle")
     played = made.played and {name: getattr(made.played, name) for name in causes} | {"mfu": made.mfu}
