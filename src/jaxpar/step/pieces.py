@@ -148,10 +148,10 @@ def back_and_forth(forward: Forward) -> Callable[[Given], Made]:
     """
 
     def whole(given: Given) -> Made:
-        trained, ahead = zero.apart(given.own)
+        trained, other = zero.apart(given.own)
 
         def run(own, backward, x):
-            return forward(given._replace(own=zero.together(own, ahead), backward=backward, x=x))
+            return forward(given._replace(own=zero.together(own, other), backward=backward, x=x))
 
         out, pull, new = jax.vjp(run, trained, given.backward, given.x, has_aux=True)
         own, backward, x = pull(given.seed)
@@ -262,11 +262,6 @@ def _wanted(role: Role, results: Made, *, residual: bool, split: bool) -> dict[s
     lead = [name for name in lead if name not in tail or not first]
     back = {"B": after._replace(own=own(lead if split else [*lead, *rest]))}
     return first | back | ({"W": Made(own=own(rest))} if split else {})
-
-
-def nothing_found(params: Tree) -> Tree:
-    """Gradients of parameters before there is any: zeros for what is trained of them."""
-    return jax.tree.map(jnp.zeros_like, zero.apart(params)[0])
 
 
 def halves(extra: Tree) -> tuple[Tree, Tree]:
