@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from jaxpar.core import family
+from jaxpar.core.cells import Order
 from jaxpar.core.plan import Plan
-from jaxpar.core.refuse import Problem, near_miss
+from jaxpar.core.refuse import Collector, Problem, near_miss
 from jaxpar.core.scheme import Scheme
-from jaxpar.plan import layout
+from jaxpar.plan import layout, remat
 from jaxpar.plan.layout import Placement
 
 FIELD = {"embed": "model.width", "heads": "model.width", "mlp": "model.hidden", "channels": "model.hidden"}
@@ -22,6 +23,7 @@ LANDED = (
     "chunks",
     "microbatches",
     "storage",
+    "remat",
     "regather",
     "unroll",
     "precision",
@@ -44,6 +46,7 @@ def of_plan(plan: Plan) -> Iterator[Problem]:
         elif isinstance(value, int) and not isinstance(value, bool) and value < least:
             yield Problem(name, value, f"must be at least {least}.", str(least))
     yield from _of_auto(plan)
+    yield from _of_remat(plan)
     for field, folder in (("precision", "policies"), ("reducer", "reducers")):
         name = getattr(plan, field)
         if ".py:" not in name and name not in family.names(folder):
@@ -64,6 +67,33 @@ def _of_auto(plan: Plan) -> Iterator[Problem]:
         if value != default:
             legal = f"{field}={str(default).lower()}; or partition=manual"
             yield Problem(f"plan.{field}", str(value).lower(), f"under partition=auto {why}.", legal)
+
+
+def _of_remat(plan: Plan) -> Iterator[Problem]:
+    """What `plan.remat` says, and what it leaves no choice about."""
+    found = Collector([])
+    how = found.attempt(remat.parse, plan.remat)
+    yield from found.problems
+    if how is None or how.kind == "none":
+        return
+    if plan.unroll == "true":
+        rule = f"plan.remat = {plan.remat} works in scans: elsewhere XLA merges what is run again with the first run."
+        yield Problem("plan.unroll", "true", rule, "unroll=auto; or remat=none")
+    if not plan.regather:
+        rule = f"under plan.remat = {plan.remat} what was gathered is gathered again."
+        yield Problem("plan.regather", "false", rule, "regather=true; or remat=none")
+    if how.kind == "budget":
+        yield Problem("plan.remat", plan.remat, "this part of jaxpar has not landed yet.", "remat=dots")
+    if how.kind == "budget" and plan.partition == "auto":
+        rule = "XLA decides what lies where, so what a device keeps is not known."
+        yield Problem("plan.remat", plan.remat, rule, "partition=manual; or another policy, such as remat=dots")
+
+
+def of_split(plan: Plan, order: Order) -> Iterator[Problem]:
+    """Whether the order leaves gradients of weights for later, where a scan finds them with those of activations."""
+    if plan.remat != "none" and any(cell.kind == "W" for row in order.work for cell in row):
+        rule = f"plan.schedule = {plan.schedule} takes the two gradients of a block apart, which a scan finds at once."
+        yield Problem("plan.remat", plan.remat, rule, "remat=none; or schedule=one_f_one_b")
 
 
 def of_rows(placement: Placement, plan: Plan, batch: int, context: int | None) -> Iterator[Problem]:
