@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from jaxpar.core import family
-from jaxpar.core.cells import Order
 from jaxpar.core.plan import Plan
-from jaxpar.core.refuse import Collector, Problem, near_miss
+from jaxpar.core.refuse import Problem, near_miss
 from jaxpar.core.scheme import Scheme
-from jaxpar.plan import layout, remat
+from jaxpar.plan import layout, remat, zero
 from jaxpar.plan.layout import Placement
 
 FIELD = {"embed": "model.width", "heads": "model.width", "mlp": "model.hidden", "channels": "model.hidden"}
@@ -24,13 +23,21 @@ LANDED = (
     "microbatches",
     "storage",
     "remat",
+    "zero",
+    "zero_group",
+    "zero_gather",
     "regather",
     "unroll",
     "precision",
     "partition",
     "reducer",
 )
-CHOICES = {"storage": ("recompute", "residual"), "unroll": ("auto", "true", "false"), "partition": ("manual", "auto")}
+CHOICES = {
+    "storage": ("recompute", "residual"),
+    "zero_gather": zero.GATHERS,
+    "unroll": ("auto", "true", "false"),
+    "partition": ("manual", "auto"),
+}
 
 
 def of_plan(plan: Plan) -> Iterator[Problem]:
@@ -46,7 +53,8 @@ def of_plan(plan: Plan) -> Iterator[Problem]:
         elif isinstance(value, int) and not isinstance(value, bool) and value < least:
             yield Problem(name, value, f"must be at least {least}.", str(least))
     yield from _of_auto(plan)
-    yield from _of_remat(plan)
+    yield from remat.of_plan(plan)
+    yield from _of_zero(plan)
     for field, folder in (("precision", "policies"), ("reducer", "reducers")):
         name = getattr(plan, field)
         if ".py:" not in name and name not in family.names(folder):
@@ -60,6 +68,7 @@ def _of_auto(plan: Plan) -> Iterator[Problem]:
     left = {
         "regather": "XLA decides what is gathered again",
         "reducer": "gradients arrive summed over data",
+        "zero_gather": "XLA decides when parameters are gathered",
         "pipe": "there is no axis for it: jaxpar plays its timetables inside `jax.shard_map`",
     }
     for field, why in left.items() if plan.partition == "auto" else ():
@@ -69,31 +78,32 @@ def _of_auto(plan: Plan) -> Iterator[Problem]:
             yield Problem(f"plan.{field}", str(value).lower(), f"under partition=auto {why}.", legal)
 
 
-def _of_remat(plan: Plan) -> Iterator[Problem]:
-    """What `plan.remat` says, and what it leaves no choice about."""
-    found = Collector([])
-    how = found.attempt(remat.parse, plan.remat)
-    yield from found.problems
-    if how is None or how.kind == "none":
-        return
-    if plan.unroll == "true":
-        rule = f"plan.remat = {plan.remat} works in scans: elsewhere XLA merges what is run again with the first run."
-        yield Problem("plan.unroll", "true", rule, "unroll=auto; or remat=none")
-    if not plan.regather:
-        rule = f"under plan.remat = {plan.remat} what was gathered is gathered again."
-        yield Problem("plan.regather", "false", rule, "regather=true; or remat=none")
-    if how.kind == "budget":
-        yield Problem("plan.remat", plan.remat, "this part of jaxpar has not landed yet.", "remat=dots")
-    if how.kind == "budget" and plan.partition == "auto":
-        rule = "XLA decides what lies where, so what a device keeps is not known."
-        yield Problem("plan.remat", plan.remat, rule, "partition=manual; or another policy, such as remat=dots")
+def _of_zero(plan: Plan) -> Iterator[Problem]:
+    """The fields of ZeRO, as far as they can be judged without the scheme."""
+    if plan.zero > 3:
+        yield Problem("plan.zero", plan.zero, "is not a stage.", "0, 1, 2 or 3")
+    if plan.zero_gather != Plan.zero_gather and plan.zero != 3:
+        rule = f"says when stage 3 gathers parameters, and plan.zero = {plan.zero}."
+        yield Problem("plan.zero_gather", plan.zero_gather, rule, "zero_gather=block; or zero=3")
+    if plan.zero_group > 0 and not plan.zero:
+        rule = "says how many devices share out one copy, and plan.zero = 0."
+        yield Problem("plan.zero_group", plan.zero_group, rule, "zero_group=0; or zero=1, 2 or 3")
+    elif plan.zero_group > 0 and plan.data % plan.zero_group:
+        divisors = ", ".join(str(n) for n in range(1, plan.data + 1) if plan.data % n == 0)
+        yield Problem("plan.zero_group", plan.zero_group, f"must divide plan.data = {plan.data}.", divisors)
 
 
-def of_split(plan: Plan, order: Order) -> Iterator[Problem]:
-    """Whether the order leaves gradients of weights for later, where a scan finds them with those of activations."""
-    if plan.remat != "none" and any(cell.kind == "W" for row in order.work for cell in row):
-        rule = f"plan.schedule = {plan.schedule} takes the two gradients of a block apart, which a scan finds at once."
-        yield Problem("plan.remat", plan.remat, rule, "remat=none; or schedule=one_f_one_b")
+def group(plan: Plan) -> int:
+    """Size of the minor part of the data axis over which ZeRO splits state, where it is a part at all; else 1."""
+    part = plan.zero > 0 and 0 < plan.zero_group < plan.data and plan.data % plan.zero_group == 0
+    return plan.zero_group if part else 1
+
+
+def of_zero(placement: Placement, plan: Plan) -> Iterator[Problem]:
+    """Whether there is a data axis to split state over."""
+    if 0 < plan.zero <= 3 and not layout.replicas(placement):
+        rule = "splits state over the devices of a data axis, and this plan has none."
+        yield Problem("plan.zero", plan.zero, rule, "zero=0; or data=2 or more")
 
 
 def of_rows(placement: Placement, plan: Plan, batch: int, context: int | None) -> Iterator[Problem]:

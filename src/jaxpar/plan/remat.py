@@ -5,13 +5,15 @@ many of their states are stored, is how the chain is played.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxpar.core.refuse import Problem, Refused, near_miss
+from jaxpar.core.cells import Order
+from jaxpar.core.plan import Plan
+from jaxpar.core.refuse import Collector, Problem, Refused, near_miss
 from jaxpar.plan import revolve
 from jaxpar.plan.wire import GATHERED
 
@@ -71,6 +73,31 @@ def _bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", text.strip())
     units = {unit.lower(): size for unit, size in UNITS.items()}
     return int(found[1]) * units.get(found[2].lower(), 0) if found else 0
+
+
+def of_plan(plan: Plan) -> Iterator[Problem]:
+    """What is wrong with `plan.remat`, or cannot go with it."""
+    found = Collector([])
+    how = found.attempt(parse, plan.remat)
+    yield from found.problems
+    if how is None or how.kind == "none":
+        return
+    if plan.unroll == "true":
+        rule = f"plan.remat = {plan.remat} works in scans: elsewhere XLA merges what is run again with the first run."
+        yield Problem("plan.unroll", "true", rule, "unroll=auto; or remat=none")
+    if not plan.regather:
+        rule = f"under plan.remat = {plan.remat} what was gathered is gathered again."
+        yield Problem("plan.regather", "false", rule, "regather=true; or remat=none")
+    if how.kind == "budget" and plan.partition == "auto":
+        rule = "XLA decides what lies where, so what a device keeps is not known."
+        yield Problem("plan.remat", plan.remat, rule, "partition=manual; or another policy, such as remat=dots")
+
+
+def of_order(plan: Plan, order: Order) -> Iterator[Problem]:
+    """Whether the order leaves gradients of weights for later, where a scan finds them with those of activations."""
+    if plan.remat != "none" and any(cell.kind == "W" for row in order.work for cell in row):
+        rule = f"plan.schedule = {plan.schedule} takes the two gradients of a block apart, which a scan finds at once."
+        yield Problem("plan.remat", plan.remat, rule, "remat=none; or schedule=one_f_one_b")
 
 
 Saveable = Callable[

@@ -17,6 +17,7 @@ from jaxpar.plan import check, layout, remat
 from jaxpar.plan.context import Settings
 from jaxpar.plan.layout import SINGLE, Placement
 from jaxpar.plan.wire import device_wire
+from jaxpar.plan.zero import zero_of
 from jaxpar.step import checks
 from jaxpar.step.gradients import Pipeline
 from jaxpar.step.stages import Division, costs_of, divide
@@ -104,6 +105,7 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
         placement=placement,
         policy=family.pick("policies", plan.precision)(),
         wire=device_wire(),
+        zero=zero_of(plan, placement, model.dims[0], _shapes(model)[0]),
         unroll={"true": True, "false": False, "auto": None}[plan.unroll],
         regather=plan.regather,
         remat=remat.parse(plan.remat),
@@ -160,20 +162,26 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
         if inputs or "example" not in family.parameters(builder):
             model = found.attempt(builder, **fields)
     order = found.attempt(order_of, recipe.plan)
-    found.problems.extend(check.of_split(recipe.plan, order) if order else ())
+    found.problems.extend(remat.of_order(recipe.plan, order) if order else ())
     division = None
     if order and model:
         division = found.attempt(_divided, recipe, model, order, inputs)
     if scheme:
         sizes = _dims(recipe, fields, labels)
         stack = division.stack if division else ()
-        placement = layout.place(scheme, recipe.plan.data, sizes, recipe.plan.pipe, stack)
+        group = check.group(recipe.plan)
+        placement = layout.place(scheme, recipe.plan.data, sizes, recipe.plan.pipe, stack, group)
+        found.problems.extend(check.of_zero(placement, recipe.plan))
         found.problems.extend(check.of_rows(placement, recipe.plan, recipe.batch, sizes.get("context")))
     if scheme and model:
-        shapes = jax.eval_shape(lambda seed: model.init(jax.random.key(seed)), 0)
-        found.problems.extend(check.of_model(placement, model.dims, shapes, sizes))
+        found.problems.extend(check.of_model(placement, model.dims, _shapes(model), sizes))
     refuse(found.problems)
     return model, placement, division
+
+
+def _shapes(model: Layer):
+    """Of (params, extra), as on disk."""
+    return jax.eval_shape(lambda seed: model.init(jax.random.key(seed)), 0)
 
 
 def _divided(recipe: Recipe, model: Layer, order: Order, inputs) -> Division:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxpar.core import compat
 from jaxpar.core.types import Tree
+from jaxpar.plan import zero
 from jaxpar.plan.context import Settings, context
 from jaxpar.step import stages
 from jaxpar.step.cut import Value, cut, trace
@@ -157,10 +158,12 @@ def back_and_forth(forward: Forward) -> Callable[[Given], Made]:
     """
 
     def whole(given: Given) -> Made:
-        def run(own, backward, x):
-            return forward(given._replace(own=own, backward=backward, x=x))
+        trained, other = zero.apart(given.own)
 
-        out, pull, new = jax.vjp(run, given.own, given.backward, given.x, has_aux=True)
+        def run(own, backward, x):
+            return forward(given._replace(own=zero.together(own, other), backward=backward, x=x))
+
+        out, pull, new = jax.vjp(run, trained, given.backward, given.x, has_aux=True)
         own, backward, x = pull(given.seed)
         return Made(out, out, new, x, backward, own)
 
