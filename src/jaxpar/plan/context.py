@@ -143,8 +143,7 @@ def _block(settings: Settings):
             def body(x, xs):
                 layer, params, extra = xs
                 key = None if settings.key is None else jax.random.fold_in(settings.key, settings.first_layer + layer)
-                params, x = fetched(settings, params, x)
-                return apply(params, extra, x, context(settings._replace(key=key)))
+                return apply(fetched(settings, params), extra, x, context(settings._replace(key=key)))
 
             count = jax.tree.leaves(params)[0].shape[0]
             xs = (jnp.arange(count), params, extra)

@@ -40,6 +40,10 @@ class Rest(NamedTuple):
     matrix: bool
     stacked: bool
 
+    def layout(self, stage: int, since: int) -> Layout:
+        """Where what is split `since` some stage lies at a stage: 1 is the optimizer's state, 2 gradients, 3 itself."""
+        return self.stored if stage >= since else self.used
+
 
 class Zero(NamedTuple):
     """The ZeRO of a run.
@@ -56,31 +60,32 @@ class Zero(NamedTuple):
     axes: Axes
     rests: Tree
 
-    def layouts(self, stage: int) -> Tree:
-        """Where what is split from `stage` on lies: 1 for the optimizer's state, 2 gradients, 3 parameters."""
-        split = self.stage >= stage
-        return jax.tree.map(lambda one: one.stored if split else one.used, self.rests, is_leaf=_is_rest)
+    def layouts(self, since: int) -> Tree:
+        """`Rest.layout` of each parameter."""
+        return jax.tree.map(lambda one: one.layout(self.stage, since), self.rests, is_leaf=_is_rest)
+
+    def leaves(self) -> list[Rest]:
+        """All rests, in the order of the parameters."""
+        return jax.tree.leaves(self.rests, is_leaf=_is_rest)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["part", "whole"], meta_fields=["rest", "late"])
+@partial(jax.tree_util.register_dataclass, data_fields=["part", "whole"], meta_fields=["rest"])
 @dataclasses.dataclass(frozen=True)
 class Resting:
     """A parameter that rests in parts, as it goes through a model until `fetched` makes it whole.
 
-    In a stack of blocks its gradient is scattered by each block, to be that of `part`. Elsewhere it is that of `whole`,
-    and scattered by `owned`: several parts of a model may read one table, whose gradients are summed first.
+    In a stack of blocks each block scatters its gradient, which is that of `part`. Elsewhere gradients are those of the
+    whole, and `owned` scatters them: several parts of a model may read one table, whose gradients are summed first.
 
     Attributes:
         part: what this device holds of it.
         whole: all of it, if it is at hand.
         rest: how it rests; dims are counted from the last, so a slice of a stack of layers rests alike.
-        late: whether it is gathered where it is used; a `whole` is then there for the sake of its gradient alone.
     """
 
     part: Any
     whole: Any
     rest: Rest
-    late: bool
 
 
 NONE = Zero(0, "block", (), None)
@@ -139,67 +144,66 @@ def entered(settings, params: Tree) -> Tree:
         if zero.stage < 2 or not rest.steps:
             return leaf
         if zero.stage == 2:
-            return Resting(_own_part(wire, rest, leaf), leaf, rest, late=False)
-        whole = _gathered(settings, rest, leaf) if zero.gather == "step" else None
-        return Resting(leaf, whole, rest, late=whole is None)
+            return Resting(_own_part(wire, rest, leaf), leaf, rest)
+        return Resting(leaf, _gathered(settings, rest, leaf) if zero.gather == "step" else None, rest)
 
     return params if zero.rests is None else jax.tree.map(enter, zero.rests, params, is_leaf=_is_rest)
 
 
-def apart(tree: Tree) -> tuple[Tree, Tree]:
-    """What of `entered` parameters gradients are taken of, and the rest of them."""
+def apart(settings, tree: Tree) -> tuple[Tree, Tree]:
+    """What of `entered` parameters gradients are taken of, and what else is known of them.
+
+    Outside of a stack parameters are made whole here, once for all that read them. To gather them part by part, and
+    again in the backward pass, would be in vain: XLA makes one of equal gathers that stand in no loop.
+    """
+    gathered: dict[int, Any] = {}
 
     def trained(leaf):
         if not isinstance(leaf, Resting):
             return leaf
         if leaf.rest.stacked:
             return dataclasses.replace(leaf, whole=None)
-        return _zeros(leaf) if leaf.late else leaf.whole
+        if leaf.whole is not None:
+            return leaf.whole
+        if id(leaf.part) not in gathered:
+            gathered[id(leaf.part)] = _gathered(settings, leaf.rest, leaf.part)
+        return gathered[id(leaf.part)]
 
     def other(leaf):
-        return leaf if isinstance(leaf, Resting) else None
+        return leaf.whole if isinstance(leaf, Resting) and leaf.rest.stacked else None
 
     return tuple(jax.tree.map(one, tree, is_leaf=_is_resting) for one in (trained, other))
 
 
 def together(trained: Tree, other: Tree) -> Tree:
-    """The inverse of `apart`."""
+    """The inverse of `apart`, parameters outside of stacks whole."""
 
-    def one(leaf, known):
-        if known is None:
-            return leaf
-        return dataclasses.replace(known, **({"part": leaf.part} if known.rest.stacked else {"whole": leaf}))
+    def one(leaf, whole):
+        return dataclasses.replace(leaf, whole=whole) if isinstance(leaf, Resting) else leaf
 
     return jax.tree.map(one, trained, other, is_leaf=_is_resting)
 
 
-def fetched(settings, tree: Tree, x) -> tuple[Tree, Any]:
-    """A tree whose `Resting` leaves are whole, and x.
+def fetched(settings, tree: Tree) -> Tree:
+    """A tree whose `Resting` leaves are whole.
 
     Args:
         settings: `Settings` of the run.
-        tree: of parameters, of one block of a stack or of a part that is no stack.
-        x: what they will meet. Gathers outside of stacks wait for it, lest XLA make one of several, or one for all
-            microbatches, and keep what it gathered all the while.
+        tree: parameters of one block of a stack, or of a part that is no stack.
     """
-    waiting = [leaf.part for leaf in _resting(tree) if leaf.late and not leaf.rest.stacked]
-    if waiting:
-        waiting, x = lax.optimization_barrier((waiting, x))
-    parts = iter(waiting)
 
     def fetch(leaf):
         if not isinstance(leaf, Resting):
             return leaf
-        if leaf.rest.stacked:
-            return _gathered(settings, leaf.rest, leaf.part) if leaf.late else _ahead(settings.wire, leaf)
-        return _late(settings, leaf, next(parts)) if leaf.late else leaf.whole
+        return _gathered(settings, leaf.rest, leaf.part) if leaf.whole is None else _at_hand(settings.wire, leaf)
 
-    return jax.tree.map(fetch, tree, is_leaf=_is_resting), x
+    return jax.tree.map(fetch, tree, is_leaf=_is_resting)
 
 
 def gathers(tree: Tree) -> bool:
     """Whether `fetched` would have something to gather."""
-    return any(leaf.late for leaf in _resting(tree))
+    leaves = jax.tree.leaves(tree, is_leaf=_is_resting)
+    return any(_is_resting(leaf) and leaf.whole is None for leaf in leaves)
 
 
 def owned(params: Tree, gradients: Tree) -> Tree:
@@ -262,8 +266,8 @@ def _own_part(wire: Wire, rest: Rest, leaf):
     return leaf
 
 
-def _ahead(wire: Wire, resting: Resting):
-    """What is at hand, with the gradient of the part."""
+def _at_hand(wire: Wire, resting: Resting):
+    """The whole, with the gradient of the part."""
     like = jax.typeof(resting.part)
 
     @jax.custom_vjp
@@ -278,40 +282,9 @@ def _ahead(wire: Wire, resting: Resting):
     return whole_of(resting.part, resting.whole)
 
 
-def _late(settings, resting: Resting, part):
-    """What is gathered now from `part`, with the gradient of the whole, if it is there to have one."""
-
-    def whole_of(part, whole):
-        return _gathered(settings, resting.rest, part)
-
-    if resting.whole is None:
-        return whole_of(part, None)
-    like, gathered = jax.typeof(resting.whole), jax.custom_vjp(whole_of)
-
-    def backward(_, cotangent):  # it varies over what x does, since the gather waited for x
-        own = compat.varying_axes(like)
-        beyond = tuple(axis for axis in compat.varying_axes(cotangent) if axis not in own)
-        return None, compat.vary(settings.wire.total(cotangent, beyond, "gradients").astype(like.dtype), own)
-
-    gathered.defvjp(lambda part, whole: (whole_of(part, whole), None), backward)
-    return gathered(part, resting.whole)
-
-
-def _zeros(resting: Resting):
-    """As large as the whole parameter."""
-    shape = list(resting.part.shape)
-    for dim, axis in resting.rest.steps:
-        shape[dim] *= lax.axis_size(axis)
-    return compat.vary(jnp.zeros(shape, resting.part.dtype), compat.varying_axes(resting.part))
-
-
 def _is_rest(node) -> bool:
     return isinstance(node, Rest)
 
 
 def _is_resting(node) -> bool:
     return isinstance(node, Resting)
-
-
-def _resting(tree: Tree) -> list[Resting]:
-    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=_is_resting) if _is_resting(leaf)]

@@ -178,9 +178,7 @@ def apply(stage: Stage, params: Tree, extra: Tree, x, settings: Settings, firsts
         first = piece.first if firsts is None else firsts[number]
         name, layer, _ = piece.part
         here = settings._replace(first_layer=first)
-        own = params[name]
-        if not piece.count:  # a stack fetches block by block
-            own, x = fetched(here, own, x)
+        own = params[name] if piece.count else fetched(here, params[name])  # a stack fetches block by block
         x, new[name] = layer.apply(own, extra[name], x, context(here))
     return x, new
 
