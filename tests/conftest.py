@@ -20,7 +20,10 @@ def xla_flags(flags: str) -> str:
 
 
 def pytest_collection_finish():
-    """Look for garbage less often: a traced program is made of many small objects that live on."""
+    """Compile no program twice, and look for garbage less often: a trace is of many small objects that live on."""
+    from compile_once import install  # not at the top: jax is imported after what is set below
+
+    install()
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

@@ -32,7 +32,7 @@ MESHES = (
 )
 # `compiler_options` for a program whose kernels count, where tests have others than users (tests/conftest.py)
 AS_USERS_DO = (
-    {"xla_cpu_use_fusion_emitters": True} if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"] else None
+    {"xla_cpu_use_fusion_emitters": True} if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "") else None
 )
 SMALL = {
     "gpt": Model("gpt", layers=2, width=32, heads=8, hidden=64, context=CONTEXT),
