@@ -45,7 +45,7 @@ def check(model, plan, want=None):
 
 
 def pairwise():
-    """Each schedule with both storages, in turn tied and untied, on meshes in turn."""
+    """Each schedule with both storages, in turn tied, and untied with dropout, on meshes in turn."""
     for number, schedule in enumerate(SCHEDULES):
         for place, storage in enumerate(STORAGES):
             yield plan_of(MESHES[(number + 2 * place) % 4], schedule, storage), bool((number + place) % 2)
@@ -56,7 +56,8 @@ def test_gradients_are_those_of_one_device(plan, tied):
     if "chunks=2" in plan:
         plan = plan.replace("pipe=4", "pipe=2")
     two_stages = "pipe=2" in plan and "chunks=1" in plan
-    got = check(variant(GPT, layers=3 if two_stages else 5, tied=tied), plan)
+    dropout = 0.0 if tied else 0.1  # random bits are half of what is compiled; tied with dropout: the V below
+    got = check(variant(GPT, layers=3 if two_stages else 5, tied=tied, dropout=dropout), plan)
     if re.search("=(one_f_one_b|zero_bubble_h1),", plan):  # both storages on all MESHES
         assert_bill_is_exact(got, plan)
 
