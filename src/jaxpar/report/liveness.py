@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from jax.core import ShapedArray
 
+from jaxpar.core import compat
 from jaxpar.report import kernels
 from jaxpar.report.kernels import Graph, Kernels, Op, add, empty, flatten, jaxprs_of, value
 
@@ -152,7 +153,7 @@ def _moments(graph: Graph, made: Kernels, inside: dict[int, Run], ends: tuple) -
         if op.name == "cond":  # until then, what it gives is counted inside
             born.update(dict.fromkeys(op.makes, start[kernel] + length[kernel] - 1))
         if op.name == "scan":  # what each trip adds to is made first of all: as zeros, which wait for nothing
-            born.update(dict.fromkeys(op.makes[op.equation.params["num_carry"] :], 0))
+            born.update(dict.fromkeys(op.makes[compat.scan_counts(op.equation)[1] :], 0))
     last.update(dict.fromkeys(results, sum(length.values()) + 1))
     dead = {one: last[one] for one in born}
     for kernel in order:
@@ -168,7 +169,7 @@ def _moments(graph: Graph, made: Kernels, inside: dict[int, Run], ends: tuple) -
 
 def _carried(op: Op) -> tuple[int, ...]:
     """What a loop carries lies where it lay before the loop."""
-    return op.makes[: op.equation.params["num_carry"]] if op.name == "scan" else ()
+    return op.makes[: compat.scan_counts(op.equation)[1]] if op.name == "scan" else ()
 
 
 def _copies(graph: Graph, made: Kernels, when: Moments, homes: dict[int, int]) -> dict[int, int]:
@@ -286,9 +287,8 @@ def _trip(equation) -> Run:
 
     What is carried is written to where it lies, from a copy if the old is still read.
     """
-    jaxpr, consts, carries = (equation.params[name] for name in ("jaxpr", "num_consts", "num_carry"))
-    graph, first = empty(), consts + carries
-    given = [value(graph, var.aval) for var in jaxpr.jaxpr.invars]
+    jaxpr, graph, (consts, carries) = equation.params["jaxpr"], empty(), compat.scan_counts(equation)
+    given, first = [value(graph, var.aval) for var in jaxpr.jaxpr.invars], consts + carries
     cut = [
         add(graph, "dynamic_slice", (stack,), equation, False, (var.aval,))[0]
         for stack, var in zip(given[first:], jaxpr.jaxpr.invars[first:], strict=True)
