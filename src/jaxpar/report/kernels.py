@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxpar.core.walk import jaxprs
+from jaxpar.report.backends import CPU, Rules
 
 VIEWS = {  # the result is the operand, under another shape or type
     *("reshape", "squeeze", "expand_dims", "pcast", "pvary", "copy", "copy_p", "stop_gradient"),
@@ -34,6 +35,7 @@ REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or
 STACKED = "stacked"  # our name for writing a result of one trip of a loop among those of the others
 
 FUSING = ELEMENTWISE | REDUCTIONS | {STACKED}
+PRODUCTS = {"dot_general", "conv_general_dilated"}
 
 
 class Op(NamedTuple):
@@ -54,12 +56,14 @@ class Graph(NamedTuple):
         sizes: bytes of each value.
         counts: numbers in each value.
         known: what an operation made, by all that it depends on: what is asked for twice is made once.
+        rules: of the compiler.
     """
 
     ops: list[Op]
     sizes: list[int]
     counts: list[int]
     known: dict[tuple, tuple[int, ...]]
+    rules: Rules
 
 
 class Kernels(NamedTuple):
@@ -76,9 +80,9 @@ class Kernels(NamedTuple):
     made: dict[int, int]
 
 
-def empty() -> Graph:
+def empty(rules: Rules = CPU) -> Graph:
     """A graph without operations."""
-    return Graph([], [], [], {})
+    return Graph([], [], [], {}, rules)
 
 
 def value(graph: Graph, aval) -> int:
@@ -244,11 +248,11 @@ def _within(graph: Graph, results: set[int], made: dict[int, int], outermost: bo
     within = [frozenset()] * len(ops)
     for number in range(len(ops) - 1, -1, -1):
         op, own = ops[number], frozenset([number])
-        if op.name not in ELEMENTWISE:
-            within[number] = own
-            continue
         using = set().union(*(readers.get(one, ()) for one in op.makes))
-        fusing = {n for n in using if ops[n].name in FUSING}
+        if op.name not in ELEMENTWISE:
+            within[number] = _with_reader(graph, within, using, results.isdisjoint(op.makes), number)
+            continue
+        fusing = {n for n in using if ops[n].name in FUSING or _alone(graph, using, n)}
         filled = op.name in FILLED
         if outermost and filled and op.reads and len(using) > 1:  # not into a batched product
             fusing = {n for n in fusing if not _after_product(graph, made, ops[n])}
@@ -265,6 +269,24 @@ def _within(graph: Graph, results: set[int], made: dict[int, int], outermost: bo
         else:
             within[number] = into
     return within
+
+
+def _alone(graph: Graph, using: set[int], reader: int) -> bool:
+    """Whether the only reader is a product that computes what it reads itself."""
+    return graph.rules.products and len(using) == 1 and graph.ops[reader].name in PRODUCTS
+
+
+def _with_reader(graph: Graph, within: list, using: set[int], free: bool, number: int) -> frozenset[int]:
+    """The kernel of an operation that is not elementwise: its own, or of a product that of its only reader."""
+    own = frozenset([number])
+    if not (graph.rules.products and graph.ops[number].name in PRODUCTS and free and len(using) == 1):
+        return own
+    (reader,) = using
+    into = within[reader]
+    if graph.ops[reader].name not in ELEMENTWISE or len(into) != 1:
+        return own
+    taken = any(graph.ops[n].name in PRODUCTS and into == within[n] for n in range(number + 1, len(within)))
+    return own if taken else into
 
 
 def _after_product(graph: Graph, made: dict[int, int], op: Op) -> bool:

@@ -12,6 +12,7 @@ from jaxpar.core.types import State
 from jaxpar.plan import layout, padding
 from jaxpar.plan.layout import Placement
 from jaxpar.report import account, liveness, machine
+from jaxpar.report.backends import RULES, Rules
 from jaxpar.report.liveness import Peak
 from jaxpar.step.parts import Parts
 from jaxpar.step.program import Program, optimizer_places, traced, updated
@@ -42,7 +43,7 @@ def held(parts: Parts) -> dict[str, int]:
     }
 
 
-def predicted(parts: Parts, trace=None) -> dict[str, int]:
+def predicted(parts: Parts, trace=None, backend: str = "cpu") -> dict[str, int]:
     """Bytes that one device needs for a step, by category, from the trace of the step alone. Needs no devices.
 
     What XLA's CPU compiler does with a trace is followed (`report.kernels`, `report.liveness`); another compiler fuses
@@ -59,7 +60,7 @@ def predicted(parts: Parts, trace=None) -> dict[str, int]:
         total: all that must be there at once. Gradients come while activations go, so it may be less than the sum.
     """
     jaxpr = trace or traced(parts)
-    peak, known = _peak(parts, jaxpr), held(parts)
+    peak, known = _peak(parts, jaxpr, RULES[backend]), held(parts)
     kept = min(peak.kept if parts.pipeline.plain else account.pool_bytes(parts, jaxpr), peak.bytes)
     return known | {
         "activations": kept,
@@ -68,7 +69,7 @@ def predicted(parts: Parts, trace=None) -> dict[str, int]:
     }
 
 
-def _peak(parts: Parts, jaxpr) -> Peak:
+def _peak(parts: Parts, jaxpr, rules: Rules) -> Peak:
     """Of a whole step, both halves with the shapes of one device; the new state is written to where the old one lies.
 
     Args:
@@ -90,7 +91,7 @@ def _peak(parts: Parts, jaxpr) -> Peak:
     old = [jaxpr.invars[-1], *trained, *[None] * counts[2], *other]
     place = {var: results + n for n, var in enumerate(spread.invars) if not hasattr(var, "val")}
     feeds = [*range(results), *(place.get(var) for var in old)]
-    return liveness.peak(inside, then, feeds, [(results + n, n) for n in range(len(old))])
+    return liveness.peak(inside, then, feeds, [(results + n, n) for n in range(len(old))], rules)
 
 
 def _plain(var) -> jax.ShapeDtypeStruct:
