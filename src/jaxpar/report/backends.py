@@ -21,6 +21,7 @@ class Rules(NamedTuple):
         rounded: products read bfloat16, whatever they are given: what only products read is kept in it, and an argument
             that a loop's products read is rounded before the loop.
         products: what one product alone reads is computed in it, and what alone reads a product is computed with it.
+        again: what is costly is computed again in each kernel that reads it, as what is cheap is.
         near: bytes of the memory beside the core, where short-lived blocks lie; they count as none.
     """
 
@@ -30,9 +31,10 @@ class Rules(NamedTuple):
     summed: bool
     rounded: bool
     products: bool
+    again: bool
     near: int
 
 
-CPU = Rules(breadth=True, copies=True, filled=True, summed=True, rounded=False, products=False, near=0)
-TPU = Rules(breadth=False, copies=False, filled=False, summed=False, rounded=True, products=True, near=112 * MIB)
+CPU = Rules(breadth=True, copies=True, filled=True, summed=True, rounded=False, products=False, again=False, near=0)
+TPU = Rules(breadth=False, copies=False, filled=False, summed=False, rounded=True, products=True, again=True, near=112 * MIB)
 RULES = {"cpu": CPU, "tpu": TPU}

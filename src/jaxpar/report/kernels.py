@@ -167,7 +167,7 @@ def _lowered(graph: Graph, name: str, reads: list, equation, backward: bool) -> 
         )
         (made,) = add(graph, name, own, equation, backward, None, str(equation.params))
         return add(graph, "transpose", (made,), equation, backward, (out,), "out")
-    if name == "erfc":  # two quotients and an exponential, each read twice by a polynomial
+    if name == "erfc" and not graph.rules.again:  # two quotients and an exponential, each read twice by a polynomial
         own += tuple(add(graph, part, own, equation, backward, (out,), part)[0] for part in ("exp", "log", "log1p"))
     literals = tuple(str(var.val) if hasattr(var, "val") else "" for var in equation.invars)
     return add(graph, name, own, equation, backward, None, literals, str(equation.params))
@@ -259,7 +259,7 @@ def _within(graph: Graph, results: set[int], made: dict[int, int], outermost: bo
         into = frozenset().union(*(within[n] for n in fusing))
         stored = fusing != using or not results.isdisjoint(op.makes)
         sums = {n for n in into if ops[n].name in REDUCTIONS}
-        if sums and not filled and (stored or len(into) > 1):
+        if sums and not filled and not graph.rules.again and (stored or len(into) > 1):
             into, stored = into - sums, True
         if not filled and not _cheap(graph, made, op):
             spread = any(ops[n].name == "broadcast_in_dim" for n in using)
@@ -297,6 +297,8 @@ def _after_product(graph: Graph, made: dict[int, int], op: Op) -> bool:
 
 def _cheap(graph: Graph, made: dict[int, int], op: Op) -> bool:
     """Whether an operation is computed again rather than kept; to divide by what is broadcast is to multiply."""
+    if graph.rules.again:
+        return True
     if op.name == "div" and op.equation.primitive.name == "div":
         if len(op.reads) == 1:
             return hasattr(op.equation.invars[1], "val")
