@@ -36,6 +36,7 @@ STACKED = "stacked"  # our name for writing a result of one trip of a loop among
 
 FUSING = ELEMENTWISE | REDUCTIONS | {STACKED}
 PRODUCTS = {"dot_general", "conv_general_dilated"}
+JOINED = PRODUCTS | {"scatter-add"}  # may end in the kernel of what reads them
 
 
 class Op(NamedTuple):
@@ -254,7 +255,7 @@ def _within(graph: Graph, results: set[int], made: dict[int, int], outermost: bo
             continue
         fusing = {n for n in using if ops[n].name in FUSING or _alone(graph, using, n)}
         filled = op.name in FILLED
-        if outermost and filled and op.reads and len(using) > 1:  # not into a batched product
+        if outermost and filled and op.reads and len(using) > 1 and not graph.rules.again:  # not into a batched product
             fusing = {n for n in fusing if not _after_product(graph, made, ops[n])}
         into = frozenset().union(*(within[n] for n in fusing))
         stored = fusing != using or not results.isdisjoint(op.makes)
@@ -272,20 +273,20 @@ def _within(graph: Graph, results: set[int], made: dict[int, int], outermost: bo
 
 
 def _alone(graph: Graph, using: set[int], reader: int) -> bool:
-    """Whether the only reader is a product that computes what it reads itself."""
-    return graph.rules.products and len(using) == 1 and graph.ops[reader].name in PRODUCTS
+    """Whether the only reader is a product, or a scatter, that computes what it reads itself."""
+    return graph.rules.products and len(using) == 1 and graph.ops[reader].name in JOINED
 
 
 def _with_reader(graph: Graph, within: list, using: set[int], free: bool, number: int) -> frozenset[int]:
     """The kernel of an operation that is not elementwise: its own, or of a product that of its only reader."""
     own = frozenset([number])
-    if not (graph.rules.products and graph.ops[number].name in PRODUCTS and free and len(using) == 1):
+    if not (graph.rules.products and graph.ops[number].name in JOINED and free and len(using) == 1):
         return own
     (reader,) = using
     into = within[reader]
     if graph.ops[reader].name not in ELEMENTWISE or len(into) != 1:
         return own
-    taken = any(graph.ops[n].name in PRODUCTS and into == within[n] for n in range(number + 1, len(within)))
+    taken = any(graph.ops[n].name in JOINED and into == within[n] for n in range(number + 1, len(within)))
     return own if taken else into
 
 
