@@ -36,5 +36,7 @@ class Rules(NamedTuple):
 
 
 CPU = Rules(breadth=True, copies=True, filled=True, summed=True, rounded=False, products=False, again=False, near=0)
-TPU = Rules(breadth=False, copies=False, filled=False, summed=False, rounded=True, products=True, again=True, near=112 * MIB)
+TPU = Rules(
+    breadth=False, copies=False, filled=False, summed=False, rounded=True, products=True, again=True, near=112 * MIB
+)
 RULES = {"cpu": CPU, "tpu": TPU}

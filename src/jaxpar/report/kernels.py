@@ -36,6 +36,7 @@ STACKED = "stacked"  # our name for writing a result of one trip of a loop among
 
 FUSING = ELEMENTWISE | REDUCTIONS | {STACKED}
 PRODUCTS = {"dot_general", "conv_general_dilated"}
+POLYNOMIALS = {"erf", "erfc", "erf_inv"}
 JOINED = PRODUCTS | {"scatter-add"}  # may end in the kernel of what reads them
 
 
@@ -246,14 +247,15 @@ def _within(graph: Graph, results: set[int], made: dict[int, int], outermost: bo
     for number, op in enumerate(ops):
         for read in op.reads:
             readers.setdefault(read, set()).add(number)
-    within = [frozenset()] * len(ops)
+    within, heavy = [frozenset()] * len(ops), _heavy(graph, made)
     for number in range(len(ops) - 1, -1, -1):
         op, own = ops[number], frozenset([number])
         using = set().union(*(readers.get(one, ()) for one in op.makes))
         if op.name not in ELEMENTWISE:
             within[number] = _with_reader(graph, within, using, results.isdisjoint(op.makes), number)
             continue
-        fusing = {n for n in using if ops[n].name in FUSING or _alone(graph, using, n)}
+        shared = heavy[number] or not _reads_one(graph, made, op)
+        fusing = {n for n in using if ops[n].name in FUSING or _joins(graph, n, len(using) == 1 or not shared)}
         filled = op.name in FILLED
         if outermost and filled and op.reads and len(using) > 1 and not graph.rules.again:  # not into a batched product
             fusing = {n for n in fusing if not _after_product(graph, made, ops[n])}
@@ -272,9 +274,18 @@ def _within(graph: Graph, results: set[int], made: dict[int, int], outermost: bo
     return within
 
 
-def _alone(graph: Graph, using: set[int], reader: int) -> bool:
-    """Whether the only reader is a product, or a scatter, that computes what it reads itself."""
-    return graph.rules.products and len(using) == 1 and graph.ops[reader].name in JOINED
+def _joins(graph: Graph, reader: int, light: bool) -> bool:
+    """Whether a reader is a product, or a scatter, that computes what it reads itself."""
+    return graph.rules.products and graph.ops[reader].name in JOINED and light
+
+
+def _heavy(graph: Graph, made: dict[int, int]) -> list[bool]:
+    """Of each operation whether computing it again means an error function, a long polynomial."""
+    found: list[bool] = []
+    for op in graph.ops:
+        deeper = any(found[made[read]] for read in op.reads if read in made)
+        found.append(op.name in POLYNOMIALS or (op.name in ELEMENTWISE and deeper))
+    return found
 
 
 def _with_reader(graph: Graph, within: list, using: set[int], free: bool, number: int) -> frozenset[int]:

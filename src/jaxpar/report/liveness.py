@@ -224,9 +224,7 @@ def _inside(op: Op, rules: Rules) -> Run:
     if op.equation.primitive.name != op.name:
         return Run([], 0, 0)
     found = (
-        [_trip(op.equation, rules)]
-        if op.name == "scan"
-        else [_branch(one, rules) for one in jaxprs_of(op.equation)]
+        [_trip(op.equation, rules)] if op.name == "scan" else [_branch(one, rules) for one in jaxprs_of(op.equation)]
     )
     blocks, length = [], 0
     for run in found:

@@ -90,8 +90,10 @@ def _inside(graph: Graph, op: Op, wanted: list[bool]) -> list[bool | None]:
         fine, _ = _fine(inner, [*results[:carried], *rest], stacked)
         used = {one for each in inner.ops for one in each.reads} | {*results}
         found.append([one in fine if one in used else None for one in given])
-    each = [None if all(one is None for one in column) else all(one is not False for one in column)
-            for column in zip(*found, strict=True)]
+    each = [
+        None if all(one is None for one in column) else all(one is not False for one in column)
+        for column in zip(*found, strict=True)
+    ]
     if op.name == "scan":
         first, after = params["num_consts"], params["num_consts"] + params["num_carry"]
         each[first:after] = [False] * (after - first)
