@@ -28,8 +28,8 @@ def gradient_lines(parts: Parts, trace=None) -> list[Line]:
 
     Source: bytes of ring algorithms, `jaxpar.core.cost.wire_bytes`; which collectives, `jaxpar.plan.matmul.derive`.
     """
-    if not parts.pipeline.plain or parts.settings.zero.stage:
-        return _traced(parts, trace or traced(parts))
+    if not parts.pipeline.plain or parts.settings.zero.stage or parts.settings.remat.kind != "none":
+        return _from_trace(parts, trace or traced(parts))
     placement, model = parts.settings.placement, parts.model
     book = ledger(placement.scheme.axes)
     settings = parts.settings._replace(wire=book.wire)
@@ -50,8 +50,11 @@ def gradient_lines(parts: Parts, trace=None) -> list[Line]:
     return book.lines
 
 
-def _traced(parts: Parts, trace) -> list[Line]:
-    """What the trace says; of a pipeline, of that device which sends most."""
+def _from_trace(parts: Parts, trace) -> list[Line]:
+    """What collectives a trace has: which gathers a pipeline makes again, and what is computed again, is known there.
+
+    Of a pipeline the lines of that device which sends most.
+    """
     sizes = parts.settings.placement.scheme.axes
     each = [list(lines(trace, sizes, one)) for one in shares_of(parts)]
     return max(each, key=lambda found: sum(line.bytes for line in found))

@@ -14,7 +14,7 @@ from jaxpar.core.walk import jaxprs
 from jaxpar.report.backends import CPU, Rules
 
 VIEWS = {  # the result is the operand, under another shape or type
-    *("reshape", "squeeze", "expand_dims", "pcast", "pvary", "copy", "copy_p", "stop_gradient"),
+    *("reshape", "squeeze", "expand_dims", "pcast", "pvary", "copy", "copy_p", "stop_gradient", "name"),
     *("random_wrap", "random_unwrap", "sharding_constraint", "optimization_barrier", "bitcast_convert_type"),
 }
 CALLS = {"jit", "pjit", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint", "closed_call", "shard_map"}
