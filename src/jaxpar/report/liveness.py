@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from jax.core import ShapedArray
 
-from jaxpar.report import kernels, packing, rounding
+from jaxpar.report import fusion, kernels, packing, rounding
 from jaxpar.report.backends import CPU, Rules
-from jaxpar.report.kernels import Graph, Kernels, Op, add, empty, flatten, jaxprs_of, value
+from jaxpar.report.fusion import Kernels
+from jaxpar.report.kernels import Graph, Op, add, empty, flatten, jaxprs_of, value
 from jaxpar.report.packing import Block
 
 SUMS = {"psum", "psum_invariant", "pmax"}
@@ -93,7 +94,7 @@ def peak(
 
 def _run(graph: Graph, outside: set[int], results: Sequence[int], homes: dict[int, int], donated: bool = False) -> Run:
     """Of a graph; `outside` takes no memory, `homes` says which results are written to where an argument lies."""
-    made = kernels.kernels(graph, set(results), donated)
+    made = fusion.kernels(graph, set(results), donated)
     inside = {kernel: _inside(graph.ops[kernel], graph.rules) for kernel in made.numbers}
     when = _moments(graph, made, inside, (outside, results))
     copies = _copies(graph, made, when, homes) if graph.rules.copies else {}
