@@ -106,6 +106,23 @@ def available(device: jax.Device, devices: int) -> int | None:
     return found[1] // devices if found else None
 
 
+def lost(stats, platform: str) -> int:
+    """Bytes of a compiled step's `temp_size_in_bytes` that no device has to have.
+
+    libtpu counts gaps between blocks there as well, for some twice. Its `peak_memory_in_bytes` does not, but counts
+    blocks in the memory beside the core: each is enough, so the smaller one holds.
+
+    Args:
+        stats: `memory_analysis()` of the step.
+        platform: what it is compiled for.
+    """
+    peak = getattr(stats, "peak_memory_in_bytes", None)
+    if platform != "tpu" or not peak:
+        return 0
+    said = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return max(0, said + stats.temp_size_in_bytes - peak)
+
+
 def _counts(placement: Placement, like, layouts):
     """Into how many parts the leaves of a tree are split, from a tree of layouts."""
     return jax.tree.map(lambda _, lies: _count(placement, lies), like, layouts)

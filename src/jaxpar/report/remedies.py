@@ -22,7 +22,7 @@ SHOWN = 3
 FULL = "RESOURCE_EXHAUSTED"  # how such an error begins
 ASSUMED = "v5e"  # whose rates weigh flops against bytes where the device is of no kind that is known
 KEEPING = ("none", "dots", "block", "sqrt")  # policies of remat, each keeps less than the one before
-FURTHER = ("one_d", "sequence", "fsdp")  # schemes of one size, which may take devices from the data axis
+FURTHER = ("one_d", "fsdp")  # schemes of one size, which may take devices from the data axis
 Remake = Callable[[Plan], Parts]
 
 
@@ -34,14 +34,14 @@ class Remedy(NamedTuple):
     """Another plan for the same run, predicted.
 
     Attributes:
-        change: the fields that differ, as a plan has them.
+        change: the fields that differ, and what they would be.
         total: bytes that each device needs.
         saves: by how many that is less than now.
         slower: seconds that a step takes longer, at the rates of a chip; below 0 if it takes less.
         fits: whether `total` is at most what a device has.
     """
 
-    change: str
+    change: dict[str, Any]
     total: int
     saves: int
     slower: float
@@ -77,10 +77,12 @@ def need_of(plan: Plan, parts: Parts, remake: Remake, mesh: Mesh) -> Need:
 
 def problems(need: Need, tell: Callable[[str], None] = _nobody) -> Iterator[Problem]:
     """One problem if even without activations a step does not fit."""
-    held = sum(memory.held(need.parts).values())
-    if need.room is not None and held > need.room:
-        says = f"each device would hold {held / 2**30:,.1f} GiB besides activations, and has {need.room / 2**30:,.1f}."
-        yield message(need, says, tell)
+    held = memory.held(need.parts)
+    total = sum(held.values())
+    if need.room is not None and total > need.room:
+        large = ", ".join(f"{name} {_said(size)}" for name, size in held.items() if size > total / 1000)
+        says = f"each device would hold {_said(total)} ({large}) besides activations, "
+        yield message(need, f"{says}and has {_said(need.room)}.", tell)
 
 
 def of_compiled(need: Need, step: jax.stages.Compiled, tell: Callable[[str], None] = _nobody) -> Iterator[Problem]:
@@ -91,8 +93,8 @@ def of_compiled(need: Need, step: jax.stages.Compiled, tell: Callable[[str], Non
     total = said.argument_size_in_bytes + said.temp_size_in_bytes + said.output_size_in_bytes - said.alias_size_in_bytes
     total -= lost(said, need.backend)
     if total > need.room:
-        rule = f"the compiled step asks for {total / 2**30:,.1f} GiB on each device, "
-        yield message(need, rule + f"which has {need.room / 2**30:,.1f} GiB.", tell)
+        rule = f"the compiled step asks for {_said(total)} on each device, which has {_said(need.room)}."
+        yield message(need, rule, tell)
 
 
 @contextmanager
@@ -112,11 +114,16 @@ def answered(need: Need, tell: Callable[[str], None] = _nobody, done: str = "not
 
 
 def message(need: Need, says: str, tell: Callable[[str], None] = _nobody) -> Problem:
-    """One problem: what does not fit, the bytes by category, and the cheapest remedies with what each saves.
+    """The problem of `answer`."""
+    return answer(need, says, tell)[1]
+
+
+def answer(need: Need, says: str, tell: Callable[[str], None] = _nobody) -> tuple[list[Remedy], Problem]:
+    """The cheapest remedies, and one problem: what does not fit, the bytes by category, and what each remedy saves.
 
     Args:
         need: the run.
-        says: what was found, as the beginning of a sentence.
+        says: what was found, as a sentence.
         tell: is told how far the search is, which takes about a second for each plan.
     """
     tell("it does not fit; looking for what would help ...")
@@ -125,38 +132,56 @@ def message(need: Need, says: str, tell: Callable[[str], None] = _nobody) -> Pro
     found = cheapest(need, (now, _seconds(need, need.parts, trace)), tell)
     rule = f"{says}\n{_held(now, need.room)}"
     if not found:
-        return Problem("memory", need.plan, rule, "a smaller model, batch or context; or more devices")
-    chip = need.chip.name if need.chip else f"{ASSUMED}, as this device's rates are not known"
-    none = "" if found[0].fits or need.room is None else "; none of them is enough alone"
-    head = f"\nThe cheapest remedies, predicted (times at the rates of {chip}){none}:\n"
-    return Problem("memory", need.plan, f"{rule}{head}{_rows(found)}", "one of these, or several; or a smaller batch")
+        further = "\n    Take a smaller model, batch or context; or more devices."
+    else:
+        chip = need.chip.name if need.chip else f"{ASSUMED}, as this device's rates are not known"
+        none = "" if found[0].fits or need.room is None else "; none of them is enough alone"
+        further = f"\n    The cheapest remedies, predicted (times at the rates of {chip}){none}:\n{_rows(found)}"
+    return found, Problem("memory", need.plan, rule + further)
 
 
 def cheapest(need: Need, now: tuple[dict[str, int], float], tell: Callable[[str], None]) -> list[Remedy]:
-    """The three plans that fit and add least to a step; if none does, the three that save most.
+    """The three plans that fit and add least to a step; after them, if there are fewer, those that save most.
+
+    If no change is enough alone, the best are tried together.
 
     Args:
         need: the run.
         now: its bytes by category, and an estimate of its step in seconds.
         tell: is told how far it is.
     """
-    held, seconds = now
-    tried, found = [*_changes(need.plan)], []
+    tried = [*_changes(need.plan)]
+    found = []
     for number, change in enumerate(tried):
         tell(f"looking for what would help: {number + 1} of {len(tried)}, {_written(change)}")
-        try:
-            parts = need.remake(dataclasses.replace(need.plan, **change))
-        except Refused:
-            continue
-        trace = _trace(parts)
-        total = _bytes(need, parts, trace)["total"]
-        if total < held["total"]:
-            slower = _seconds(need, parts, trace) - seconds
-            found.append(Remedy(_written(change), total, held["total"] - total, slower, _fits(need, total)))
-    enough = [one for one in found if one.fits]
-    if enough:
-        return sorted(enough, key=lambda one: (one.slower, -one.saves))[:SHOWN]
-    return sorted(found, key=lambda one: -one.saves)[:SHOWN]
+        found += _tried(need, change, now)
+    best = _different(found)
+    for count in range(2, len(best) + 1):
+        if not any(one.fits for one in found):
+            tell(f"looking for what would help: the best {count} together")
+            found += _tried(need, dict(item for one in best[count - 1 :: -1] for item in one.change.items()), now)
+    return _different(found)
+
+
+def _tried(need: Need, change: dict[str, Any], now: tuple[dict[str, int], float]) -> list[Remedy]:
+    """One remedy, if the plan can be and needs less."""
+    held, seconds = now
+    try:
+        parts = need.remake(dataclasses.replace(need.plan, **change))
+    except Refused:
+        return []
+    trace = _trace(parts)
+    total = _bytes(need, parts, trace)["total"]
+    fits = need.room is not None and total <= need.room
+    found = Remedy(change, total, held["total"] - total, _seconds(need, parts, trace) - seconds, fits)
+    return [found] if found.saves > 0 else []
+
+
+def _different(found: list[Remedy]) -> list[Remedy]:
+    """The best three that change different fields."""
+    ordered = sorted(found, key=lambda one: (not one.fits, one.slower if one.fits else 0.0, -one.saves))
+    first = {tuple(one.change): one for one in reversed(ordered)}
+    return [one for one in ordered if one in first.values()][:SHOWN]
 
 
 def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -174,21 +199,14 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def _schemes(plan: Plan) -> Iterator[dict[str, Any]]:
-    """The data axis given up to a tensor scheme, or half of it."""
+    """The data axis given up to a tensor scheme; to one that is there, half of it."""
     name, _, size = plan.tensor.partition(":")
     if name == "single":
         for scheme in FURTHER:
-            yield from (
-                {"data": plan.data // taken, "tensor": f"{scheme}:{taken}"}
-                for taken in sorted({2, plan.data})
-                if 1 < taken <= plan.data and plan.data % taken == 0
-            )
+            if plan.data > 1:
+                yield {"data": 1, "tensor": f"{scheme}:{plan.data}"}
     elif name in FURTHER and plan.data % 2 == 0:
         yield {"data": plan.data // 2, "tensor": f"{name}:{int(size) * 2}"}
-
-
-def _fits(need: Need, total: int) -> bool:
-    return need.room is not None and total <= need.room
 
 
 def _trace(parts: Parts):
@@ -215,19 +233,30 @@ def _seconds(need: Need, parts: Parts, trace) -> float:
 
 def _held(now: dict[str, int], room: float | None) -> str:
     """What each device holds by category, and what there is."""
-    rows = [(name, f"{size:,}", f"{size / 2**30:,.2f}") for name, size in now.items() if size or name == "total"]
+    rows = [(name, f"{size:,}", _said(size)) for name, size in now.items() if size or name == "total"]
     if room is not None:
-        rows.append(("there is", f"{room:,.0f}", f"{room / 2**30:,.2f}"))
-    return _indented(aligned(("predicted, per device", "bytes", "GiB"), rows, ("bytes", "GiB")))
+        rows.append(("there is", f"{room:,.0f}", _said(room)))
+    return _indented(aligned(("predicted, per device", "bytes", ""), rows, ("bytes", "")))
 
 
 def _rows(found: list[Remedy]) -> str:
     rows = [
-        (one.change, f"{one.saves:,}", f"{one.total:,}", f"{one.slower * 1e3:+,.3g}", "yes" if one.fits else "no")
+        (
+            _written(one.change),
+            f"{one.saves:,}",
+            f"{one.total:,}",
+            f"{one.slower * 1e3:+,.3g}",
+            "yes" if one.fits else "no",
+        )
         for one in found
     ]
     head = ("change", "bytes saved", "bytes then", "ms a step", "fits")
     return _indented(aligned(head, rows, head[1:4]))
+
+
+def _said(size: float) -> str:
+    """Bytes in a unit that leaves a few digits."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**29 else f"{size / 2**20:,.1f} MiB"
 
 
 def _indented(text: str) -> str:
