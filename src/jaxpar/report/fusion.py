@@ -40,7 +40,10 @@ def kernels(graph: Graph, results: set[int], outermost: bool = True) -> Kernels:
     From the last operation to the first, as XLA's `InstructionFusion` does it.
     """
     made = {one: number for number, op in enumerate(graph.ops) for one in op.makes}
-    within = _within(graph, results, made, outermost)
+    within = _within(graph, results, made, outermost, _heavy(graph, made, None))
+    if graph.rules.products:  # how much a chain reads depends on where it begins: at what is in memory
+        stored = {number for number, own in enumerate(within) if number in own}
+        within = _within(graph, results, made, outermost, _heavy(graph, made, stored))
     numbers = sorted(set().union(*within))
     reads: dict[int, dict[int, None]] = {number: {} for number in numbers}
     for number, op in enumerate(graph.ops):
@@ -51,7 +54,9 @@ def kernels(graph: Graph, results: set[int], outermost: bool = True) -> Kernels:
     return Kernels(numbers, {kernel: list(own) for kernel, own in reads.items()}, made)
 
 
-def _within(graph: Graph, results: set[int], made: dict[int, int], outermost: bool) -> list[frozenset[int]]:
+def _within(
+    graph: Graph, results: set[int], made: dict[int, int], outermost: bool, heavy: list[bool]
+) -> list[frozenset[int]]:
     """Of each operation the kernels in which it is computed; one that ends a kernel is in its own.
 
     An elementwise operation is computed in each kernel that reads it. In memory it must be for what is no kernel of
@@ -62,15 +67,15 @@ def _within(graph: Graph, results: set[int], made: dict[int, int], outermost: bo
     for number, op in enumerate(ops):
         for read in op.reads:
             readers.setdefault(read, set()).add(number)
-    within, heavy = [frozenset()] * len(ops), _heavy(graph, made)
+    within = [frozenset()] * len(ops)
     for number in range(len(ops) - 1, -1, -1):
         op, own = ops[number], frozenset([number])
         using = set().union(*(readers.get(one, ()) for one in op.makes))
         if op.name not in ELEMENTWISE:
             within[number] = _with_reader(graph, within, using, results.isdisjoint(op.makes), number)
             continue
-        shared = heavy[number] or not _reads_one(graph, made, op)
-        fusing = {n for n in using if ops[n].name in FUSING or _joins(graph, n, len(using) == 1 or not shared)}
+        light = len(using) == 1 or not heavy[number]
+        fusing = {n for n in using if ops[n].name in FUSING or _joins(graph, n, light)}
         filled = op.name in FILLED
         if outermost and filled and op.reads and len(using) > 1 and not graph.rules.again:  # not into a batched product
             fusing = {n for n in fusing if not _after_product(graph, made, ops[n])}
@@ -94,13 +99,33 @@ def _joins(graph: Graph, reader: int, light: bool) -> bool:
     return graph.rules.products and graph.ops[reader].name in JOINED and light
 
 
-def _heavy(graph: Graph, made: dict[int, int]) -> list[bool]:
-    """Of each operation whether computing it again means an error function, a long polynomial."""
-    found: list[bool] = []
+def _heavy(graph: Graph, made: dict[int, int], stored: set[int] | None) -> list[bool]:
+    """Of each operation whether a product rather reads its result than makes it.
+
+    So it is if that means an error function, which is a long polynomial, or reading more than one large array; `stored`
+    are the operations whose results are in memory, None if that is not known yet.
+    """
+    deep: list[bool] = []
+    sources: list[dict[int, int]] = []  # how many numbers each kernel that ends here reads of what is in memory
     for op in graph.ops:
-        deeper = any(found[made[read]] for read in op.reads if read in made)
-        found.append(op.name in POLYNOMIALS or (op.name in ELEMENTWISE and deeper))
-    return found
+        made_of = max((graph.counts[one] for one in op.makes), default=0)
+        before = {read: made[read] for read in op.reads if read in made and graph.ops[made[read]].name in ELEMENTWISE}
+        own: dict[int, int] = {}
+        for read in op.reads:
+            through = read in before and stored is not None and before[read] not in stored
+            for source, count in (sources[before[read]] if through else {read: graph.counts[read]}).items():
+                if source not in made or graph.ops[made[source]].name not in FILLED:
+                    own[source] = max(own.get(source, 0), min(count, made_of))
+        sources.append(own)
+        deep.append(op.name in POLYNOMIALS or any(deep[number] for number in before.values()))
+    return [
+        op.name in ELEMENTWISE and (deep[n] or _reads_more(graph, op, sources[n])) for n, op in enumerate(graph.ops)
+    ]
+
+
+def _reads_more(graph: Graph, op: Op, sources: dict[int, int]) -> bool:
+    """Whether more than one of the arrays that are read is as large as the result."""
+    return sum(count >= max(graph.counts[one] for one in op.makes) for count in sources.values()) > 1
 
 
 def _with_reader(graph: Graph, within: list, using: set[int], free: bool, number: int) -> frozenset[int]:
