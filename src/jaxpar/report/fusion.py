@@ -9,6 +9,8 @@ from jaxpar.report.kernels import (
     FUSING,
     JOINED,
     POLYNOMIALS,
+    POWERS,
+    PRODUCTS,
     REDUCTIONS,
     Graph,
     Op,
@@ -82,9 +84,11 @@ def _within(
         into = frozenset().union(*(within[n] for n in fusing))
         stored = fusing != using or not results.isdisjoint(op.makes)
         sums = {n for n in into if ops[n].name in REDUCTIONS}
-        if sums and not filled and not graph.rules.again and (stored or len(into) > 1):
+        if sums and not filled and (not graph.rules.again or op.name in POWERS) and (stored or len(into) > 1):
             into, stored = into - sums, True
-        if not filled and not _cheap(graph, made, op):
+        if graph.rules.again and ((sums and op.name in POWERS) or _rounds(graph, made, op)):
+            within[number] = own
+        elif not filled and not _cheap(graph, made, op):
             spread = any(ops[n].name == "broadcast_in_dim" for n in using)
             within[number] = own if stored or spread or len(into) > 1 else into
         elif stored:
@@ -92,6 +96,14 @@ def _within(
         else:
             within[number] = into
     return within
+
+
+def _rounds(graph: Graph, made: dict[int, int], op: Op) -> bool:
+    """Whether a product's result is rounded here, which is done before it is written."""
+    product = op.name == "convert_element_type" and op.reads and op.reads[0] in made
+    if not product or graph.ops[made[op.reads[0]]].name not in PRODUCTS:
+        return False
+    return graph.sizes[op.makes[0]] < graph.sizes[op.reads[0]]
 
 
 def _joins(graph: Graph, reader: int, light: bool) -> bool:

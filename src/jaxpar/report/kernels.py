@@ -29,13 +29,15 @@ COSTLY = {  # computed once if more than one kernel reads the result
     *("exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "erf", "erf_inv", "rsqrt", "sqrt", "cbrt", "div"),
     *("pow", "rem", "sin", "cos", "tan", "atan2"),
 }
-ELEMENTWISE = CHEAP | COSTLY | {"erfc"}
-FILLED = {"broadcast_in_dim", "iota", "full", "empty"}
+ONE_HOT = "one_hot"  # our name for a scatter of one number into each row of zeros
+ELEMENTWISE = CHEAP | COSTLY | {"erfc", ONE_HOT}
+FILLED = {"broadcast_in_dim", "iota", "full", "empty", ONE_HOT}
 REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin"}
 STACKED = "stacked"  # our name for writing a result of one trip of a loop among those of the others
 
 FUSING = ELEMENTWISE | REDUCTIONS | {STACKED}
 PRODUCTS = {"dot_general", "conv_general_dilated"}
+POWERS = {"exp", "exp2"}
 POLYNOMIALS = {"erf", "erfc", "erf_inv"}
 JOINED = PRODUCTS | {"scatter-add"}  # may end in the kernel of what reads them
 
@@ -145,10 +147,14 @@ def _lowered(graph: Graph, name: str, reads: list, equation, backward: bool) -> 
             else add(graph, "broadcast_in_dim", (read,), equation, backward, (out,), str(out.shape))[0]
             for read in reads
         ]
-    if name == "dot_general":
+    if name == "scatter-add" and graph.rules.again and equation.params["dimension_numbers"].operand_batching_dims:
+        name = ONE_HOT
+    if name == "dot_general" and not graph.rules.products:
         reads = [_in_order(graph, read, side, equation, backward) for side, read in enumerate(reads)]
     own = tuple(read for read in reads if read is not None)
-    if _across(equation):  # parts are joined and shared out along the outermost dim: copied into that order and back
+    if (
+        _across(equation) and not graph.rules.products
+    ):  # parts are joined and shared out along the outermost dim: copied into that order and back
         own = tuple(
             add(graph, "transpose", (read,), equation, backward, (var.aval,), "in")[0]
             for read, var in zip(own, equation.invars, strict=True)
