@@ -1,6 +1,6 @@
 """Training: from a recipe to a finished run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,9 @@ from jaxpar.core.refuse import Collector, refuse
 from jaxpar.core.types import Dataset
 from jaxpar.plan import mesh
 from jaxpar.report import remedies
+from jaxpar.report.remedies import Need
 from jaxpar.step.parts import Parts, assemble, prepare
+from jaxpar.step.program import Program
 from jaxpar.step.program import program as program_of
 from jaxpar.train.ahead import ready
 from jaxpar.train.folder import inside, locate
@@ -70,10 +72,7 @@ def fit(
     with ExitStack() as until_done:
         report = unfailing(report or progress(recipe.steps))
         until_done.callback(report.close)
-        need = remedies.need_of(recipe.plan, parts, partial(_again, recipe, parts, dataset), program.mesh)
-        refuse(remedies.problems(need, report.note))
-        if idle := mesh.idle(program.mesh):
-            report.note(idle)
+        need = _need(recipe, parts, dataset, program, report.note)
         if folder:
             until_done.enter_context(locked(folder, report.note))
             locate(recipe, name, runs_dir, overwrite)  # again, now that nobody else may change what is there
@@ -91,6 +90,15 @@ def fit(
         done = finished(state, written.lines, folder, program, parts, dataset, run)
         disk.finish(done.summary)
     return done
+
+
+def _need(recipe: Recipe, parts: Parts, dataset: Dataset, program: Program, note: Callable[[str], None]) -> Need:
+    """What the run needs, once it is known to fit without activations; `note` is told of idle devices."""
+    need = remedies.need_of(recipe.plan, parts, partial(_again, recipe, parts, dataset), program.mesh)
+    refuse(remedies.problems(need, note))
+    if idle := mesh.idle(program.mesh):
+        note(idle)
+    return need
 
 
 def _again(recipe: Recipe, parts: Parts, dataset: Dataset, plan: Plan) -> Parts:
