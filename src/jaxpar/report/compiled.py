@@ -10,7 +10,7 @@ import jax
 from jaxpar.core.cost import Cost
 from jaxpar.core.refuse import Problem, Refused
 from jaxpar.plan import mesh as meshes
-from jaxpar.report import bill, estimate, flops, hlo, hlo_flops, topology
+from jaxpar.report import bill, estimate, flops, hlo, hlo_flops, memory, topology
 from jaxpar.report.estimate import Played, Rates, Reader
 from jaxpar.report.hlo import How
 from jaxpar.report.hlo_text import parse
@@ -45,6 +45,7 @@ class Compiled(NamedTuple):
         arguments, outputs, aliased, temporary, code: bytes, of XLA's `memory_analysis`; `aliased` are arguments that
             outputs are written over.
         peak: bytes, as XLA states it; on a TPU the memory beside the core counts as well. None if it does not.
+        lost: bytes of `temporary` that need not be there, see `memory.lost`.
         room: bytes that a device has.
         state: bytes of the state from shapes alone, all of which should be `aliased`.
         started: bytes that are sent while the device may go on.
@@ -70,6 +71,7 @@ class Compiled(NamedTuple):
     temporary: int
     code: int
     peak: int | None
+    lost: int
     room: float | None
     state: int
     started: float
@@ -83,7 +85,7 @@ class Compiled(NamedTuple):
     @property
     def held(self) -> int:
         """Bytes that a device holds at most: arguments, outputs that are none of them, temporaries and the program."""
-        return self.arguments + self.outputs - self.aliased + self.temporary + self.code
+        return self.arguments + self.outputs - self.aliased + self.temporary - self.lost + self.code
 
     @property
     def fits(self) -> bool | None:
@@ -157,6 +159,7 @@ def read(
         temporary=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
         peak=getattr(stats, "peak_memory_in_bytes", None),
+        lost=memory.lost(stats, where.platform if where else "cpu"),
         room=where.memory if where else None,
         state=sum(_size(leaf) for leaf in jax.tree.leaves(made.shapes)),
         started=played.started,
@@ -216,7 +219,7 @@ def rates_of(axes: dict[str, int], where: Topology) -> Rates:
 def as_json(found: Compiled) -> dict[str, Any]:
     """The same as plain values: bytes by mesh axes and by collective, and figures that belong together in one dict."""
     played, names = found.played, ("seconds", "compute", "kernels", "exposed", "fetching", "idle")
-    memory = ("arguments", "outputs", "aliased", "temporary", "code", "held", "peak", "room", "state")
+    memory = ("arguments", "outputs", "aliased", "temporary", "lost", "code", "held", "peak", "room", "state")
     return {
         "target": found.target,
         "devices": found.devices,

@@ -10,6 +10,7 @@ from jaxpar.core.cost import Cost
 from jaxpar.core.makespan import Times, makespan
 from jaxpar.core.plan import Plan
 from jaxpar.report import account, bill, compiled, flops, memory
+from jaxpar.report.backends import RULES
 from jaxpar.report.columns import aligned
 from jaxpar.report.compiled import Compiled
 from jaxpar.report.topology import Topology
@@ -18,8 +19,9 @@ from jaxpar.step.program import traced
 
 TIMES = Times()  # forward : gradient of inputs : gradient of weights, each as long as the others
 
+OFF = 0.05  # by how much the predicted total may be wrong
 CERTAIN = ("parameters", "gradients", "optimizer", "state", "batch")  # of what is held, under any compiler
-FOLLOWED = "activations, transients and the total that are predicted are those of XLA's CPU compiler: others fuse more"
+FOLLOWED = "activations, transients and the total that are predicted are those of XLA's CPU compiler: GPUs' fuses more"
 
 
 def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
             most. `predicted` is None where XLA decides the collectives.
         memory: bytes that a device holds, by category and in `total`, see `memory.predicted`. Where XLA decides the
             collectives, without activations.
-        fits: False if even without activations a device of `where` has too little memory; else None until compiled.
+        fits: False if a device of `where` has too little memory for what is certain; else None until compiled.
         compiled: see `with_compiled`.
         warnings: sentences.
 
@@ -55,7 +57,7 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
     axes = parts.settings.placement.scheme.axes or {"data": 1}  # as `mesh_of`
     count, manual = math.prod(axes.values()), parts.partition == "manual"
     trace = trace or (traced(parts) if manual else None)
-    held = memory.predicted(parts, trace) if manual else memory.held(parts)
+    held = memory.predicted(parts, trace, where.platform if where else "cpu") if manual else memory.held(parts)
     held = {"total": None} | held
     pipeline = _pipeline(plan, parts)
     return {
@@ -74,10 +76,19 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
         "pipeline": pipeline,
         "comm": {"predicted": bill.by_axis(account.predicted(parts, trace)) if manual else None, "compiled": None},
         "memory": {"predicted": held, "compiled": None},
-        "fits": False if where and sum(held[name] for name in CERTAIN if name in held) > where.memory else None,
+        "fits": False if where and _least(held, where) > where.memory else None,
         "compiled": None,
-        "warnings": [*_warnings(plan, parts), *([FOLLOWED] if where and manual else [])],
+        "warnings": [
+            *_warnings(plan, parts),
+            *([FOLLOWED] if where and where.platform not in RULES and manual else []),
+        ],
     }
+
+
+def _least(held: dict[str, Any], where: Topology) -> float:
+    """Bytes that a device must have at least: where the compiler is followed, the total less what that may be off."""
+    certain = sum(held[name] for name in CERTAIN if name in held)
+    return max(certain, (held["total"] or 0) * (1 - OFF)) if where.platform in RULES else certain
 
 
 def with_compiled(found: dict[str, Any], made: Compiled) -> dict[str, Any]:
@@ -89,7 +100,7 @@ def with_compiled(found: dict[str, Any], made: Compiled) -> dict[str, Any]:
     started, beside: bytes that are sent while the device may go on, and while it does.
     """
     sent = bill.by_axis(Cost(made.sent))
-    held = {name: getattr(made, name) for name in ("arguments", "outputs", "aliased", "temporary", "code")}
+    held = {name: getattr(made, name) for name in ("arguments", "outputs", "aliased", "temporary", "lost", "code")}
     causes = ("seconds", "compute", "kernels", "exposed", "fetching", "idle")
     played = made.played and {name: getattr(made.played, name) for name in causes} | {"mfu": made.mfu}
     own = {"target": made.target, "compiler": made.compiler, "compile_seconds": made.compile_seconds}
