@@ -10,7 +10,7 @@ from jaxpar.core import family
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Problem, near_miss
 from jaxpar.core.scheme import Scheme
-from jaxpar.plan import layout
+from jaxpar.plan import layout, offload
 from jaxpar.plan.layout import Placement
 
 FIELD = {"embed": "model.width", "heads": "model.width", "mlp": "model.hidden", "channels": "model.hidden"}
@@ -24,6 +24,7 @@ LANDED = (
     "storage",
     "regather",
     "unroll",
+    "offload",
     "precision",
     "partition",
     "reducer",
@@ -44,6 +45,7 @@ def of_plan(plan: Plan) -> Iterator[Problem]:
         elif isinstance(value, int) and not isinstance(value, bool) and value < least:
             yield Problem(name, value, f"must be at least {least}.", str(least))
     yield from _of_auto(plan)
+    yield from _of_offload(plan)
     for field, folder in (("precision", "policies"), ("reducer", "reducers")):
         name = getattr(plan, field)
         if ".py:" not in name and name not in family.names(folder):
@@ -64,6 +66,16 @@ def _of_auto(plan: Plan) -> Iterator[Problem]:
         if value != default:
             legal = f"{field}={str(default).lower()}; or partition=manual"
             yield Problem(f"plan.{field}", str(value).lower(), f"under partition=auto {why}.", legal)
+
+
+def _of_offload(plan: Plan) -> Iterator[Problem]:
+    """Names that are none, and what cannot rest on the host under the rest of the plan."""
+    try:
+        chosen = offload.parse(plan.offload)
+    except ValueError as error:
+        yield Problem("plan.offload", plan.offload, str(error), "+".join(offload.KINDS))
+        return
+    del chosen
 
 
 def of_rows(placement: Placement, plan: Plan, batch: int, context: int | None) -> Iterator[Problem]:

@@ -14,12 +14,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpar.core import compat
 from jaxpar.core.types import State
 from jaxpar.plan import mesh as meshes
-from jaxpar.plan import padding
+from jaxpar.plan import offload, padding
 from jaxpar.plan.layout import Placement, rows
 from jaxpar.plan.product import Settings
 from jaxpar.step.gradients import Found, evaluate, gradients
 from jaxpar.step.partition import partition
 from jaxpar.step.parts import Parts
+from jaxpar.step.stream import Descent, descent
 
 
 class Program(NamedTuple):
@@ -68,13 +69,16 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
 
     plain = jax.eval_shape(partial(_born, parts), 0)
     specs = _state_places(parts, plain, param_specs, extra_specs, PartitionSpec())
-    shardings = meshes.shardings(mesh, specs)
+    shardings = _at_rest(parts.offload, meshes.shardings(mesh, specs), plain)
     shapes = jax.tree.map(_struct, plain, shardings)
     unpadded = jax.eval_shape(lambda seed: _state(parts, *model.init(jax.random.key(seed))), 0)
+    words = _state_places(parts, shapes, *model.dims, "")
     found = _gradients(parts, settings, spread)
+    stream = descent(parts.links, mesh, words, specs) if parts.offload & {"parameters", "optimizer"} else None
 
     def step(state, batch):
-        return updated(parts.optimizer, found(state.params, state.extra, state.comm, batch, state.step), state)
+        new = found(state.params, state.extra, state.comm, batch, state.step)
+        return updated(parts.optimizer, new, state, stream)
 
     measured = spread(
         partial(evaluate, model, parts.pipeline, settings),
@@ -87,7 +91,7 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
         shapes=shapes,
         unpadded=unpadded,
         placement=placement,
-        words=_state_places(parts, shapes, *model.dims, ""),
+        words=words,
         init=lambda: jax.jit(partial(_born, parts), out_shardings=shardings, compiler_options=_once(mesh))(
             np.uint32(parts.seed)
         ),
@@ -99,9 +103,24 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
     )
 
 
-def updated(optimizer: optax.GradientTransformation, found: tuple, state: State) -> tuple[State, dict]:
-    """The second half of a step: (new state, metrics), from a `Found` as a tuple and the old state."""
+def updated(
+    optimizer: optax.GradientTransformation, found: tuple, state: State, stream: Descent | None = None
+) -> tuple[State, dict]:
+    """The second half of a step: (new state, metrics), from a `Found` as a tuple and the old state.
+
+    Args:
+        optimizer: all of it.
+        found: a `Found`.
+        state: before the step.
+        stream: the same optimizer where something rests on the host.
+    """
     loss, grads, extra, comm = found
+    if stream:
+        norm = optax.global_norm(grads)
+        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, opt = stream(grads, state.params, state.opt, fine)
+        extra, comm = jax.tree.map(partial(jnp.where, fine), (extra, comm), (state.extra, state.comm))
+        return State(state.step + 1, params, extra, opt, comm), {"loss": loss, "grad_norm": norm, "skipped": ~fine}
     updates, opt = optimizer.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
     norm = optax.global_norm(grads)
@@ -156,6 +175,15 @@ def _struct(leaf, sharding):
 
 def _state(parts: Parts, params, extra) -> State:
     return State(jnp.int32(0), params, extra, parts.optimizer.init(params), parts.reducer.init(params))
+
+
+def _at_rest(chosen: frozenset[str], shardings: State, shapes: State) -> State:
+    """The shardings of a State of which what was chosen rests on the host."""
+    if "parameters" in chosen:
+        shardings = shardings._replace(params=offload.resting(shardings.params, shapes.params))
+    if "optimizer" in chosen:
+        shardings = shardings._replace(opt=offload.resting(shardings.opt, shapes.opt))
+    return shardings
 
 
 def _state_places(parts: Parts, shapes: State, params, extra, whole) -> State:

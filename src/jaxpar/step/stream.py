@@ -1,0 +1,163 @@
+"""The update of parameters and optimizer state that rest on the host: layer by layer, so that few are on the device.
+
+An optimizer that treats each entry by itself, but for single numbers such as a rate, treats a layer as it treats a
+stack of layers. Whether it does is seen in its trace.
+
+Source: Ren et al. 2021 (ZeRO-Offload), arXiv:2101.06840, for what rests where; here the device computes the update.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxpar.core.types import State, Tree
+from jaxpar.core.walk import jaxprs
+from jaxpar.plan.offload import to_device, to_where
+
+# Primitives of which an entry of the result follows from the same entries of the operands.
+ELEMENTWISE = frozenset(
+    "abs add add_any and cbrt ceil clamp convert_element_type copy copy_p cos div eq erf erf_inv erfc exp exp2 expm1 floor "
+    "ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow pvary pcast rem round "
+    "rsqrt select_n sign sin sqrt square stop_gradient sub tan tanh xor".split()
+)
+LINKS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
+
+Descent = Callable[[Tree, Tree, Tree, object], tuple[Tree, Tree]]
+
+
+def is_elementwise(optimizer: optax.GradientTransformation, params: Tree) -> bool:
+    """Whether an optimizer updates each entry from the same entry of gradients, state and parameters alone.
+
+    Args:
+        optimizer: looked at through the trace of its `update`.
+        params: what has shape and dtype.
+    """
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    traced = jax.make_jaxpr(optimizer.update)(like, jax.eval_shape(optimizer.init, like), like)
+    return _each_by_itself(traced.jaxpr)
+
+
+def _each_by_itself(jaxpr) -> bool:
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        read, written = (
+            [var.aval.shape for var in side if var.aval.shape] for side in (equation.invars, equation.outvars)
+        )
+        if name in LINKS:
+            fine = all(_each_by_itself(getattr(inner, "jaxpr", inner)) for inner in jaxprs(equation))
+        elif not read:  # single numbers, or copies of one
+            fine = not written or name == "broadcast_in_dim"
+        else:
+            fine = name in ELEMENTWISE and len({*read, *written}) == 1
+        if not fine:
+            return False
+    return True
+
+
+def descent(links: Sequence[optax.GradientTransformation], mesh: Mesh, words: State, specs: State) -> Descent:
+    """`descend(gradients, params, opt, fine) -> (params, opt)`: an update after which each leaf lies where it did.
+
+    Args:
+        links: of the chain that the optimizer is; all but the last work on gradients alone, all of them at once.
+        mesh: all devices.
+        words: dims of each leaf of the State.
+        specs: where each leaf lies while it is updated.
+    """
+    *before, last = links
+
+    def own(tree: State):
+        return tree.params, tree.opt[-1] if before else tree.opt
+
+    def descend(gradients, params, opt, fine):
+        *earlier, state = opt if before else (opt,)
+        done = []
+        for link, was in zip(before, earlier, strict=True):
+            gradients, now = link.update(gradients, was)
+            done.append(jax.tree.map(partial(jnp.where, fine), now, was))
+        if is_elementwise(last, params):
+            places = own(specs)
+            update = jax.shard_map(
+                partial(_by_layer, last, own(words)),
+                mesh=mesh,
+                in_specs=(places[0], *places, specs.step),
+                out_specs=places,
+            )
+        else:
+            update = partial(_at_once, last)
+        params, state = update(gradients, params, state, fine)
+        return params, ((*done, state) if before else state)
+
+    return descend
+
+
+def _at_once(link: optax.GradientTransformation, gradients, params, state, fine) -> tuple[Tree, Tree]:
+    """The update with all of params and state on the device."""
+    old = jax.tree.map(to_device, (params, state))
+    updates, state_now = link.update(gradients, old[1], old[0])
+    new = optax.apply_updates(old[0], updates), state_now
+    return jax.tree.map(lambda now, was, there: to_where(jnp.where(fine, now, was), there), new, old, (params, state))
+
+
+def _by_layer(link: optax.GradientTransformation, words, gradients, params, state, fine) -> tuple[Tree, Tree]:
+    """The same for local parts, of which those of one layer are on the device at a time; of what is no stack, all.
+
+    Each update is of the whole tree, as masks and labels of optimizers have its form, but what is not its own turn has
+    no entries.
+
+    Args:
+        link: an optimizer that is elementwise.
+        words: dims of (params, state).
+        gradients, params, state: local parts.
+        fine: whether to update.
+    """
+    leaves, structure = jax.tree.flatten((params, state))
+    named = jax.tree.leaves(words)
+    more = jax.tree.leaves(gradients)
+
+    def updated(pick: Callable, old: list) -> list:
+        """New leaves for those that `pick(words, leaf)` gives."""
+        own = [pick(*pair) for pair in zip(named, old, strict=True)]
+        slopes = [pick(*pair) for pair in zip(named, more, strict=False)]
+        here, there = jax.tree.unflatten(structure, own)
+        updates, now = link.update(jax.tree.unflatten(jax.tree.structure(gradients), slopes), there, here)
+        found = jax.tree.leaves((optax.apply_updates(here, updates), now))
+        return [jnp.where(fine, new, was) for new, was in zip(found, own, strict=True)]
+
+    for layers in sorted({leaf.shape[0] for own, leaf in zip(named, leaves, strict=True) if _is_stacked(own)}):
+        turn = [n for n, leaf in enumerate(leaves) if _is_stacked(named[n]) and leaf.shape[0] == layers]
+
+        def body(layer, held, layers=layers, turn=turn):
+            def pick(own, leaf):
+                mine = _is_stacked(own) and leaf.shape[0] == layers
+                return to_device(lax.dynamic_slice_in_dim(leaf, layer, 1)) if mine else _nothing(own, leaf)
+
+            old = list(leaves)
+            for place, leaf in zip(turn, held, strict=True):
+                old[place] = leaf
+            new = updated(pick, old)
+            return [
+                lax.dynamic_update_slice_in_dim(leaf, to_where(new[place], leaf), layer, 0)
+                for place, leaf in zip(turn, held, strict=True)
+            ]
+
+        for place, leaf in zip(turn, lax.fori_loop(0, layers, body, [leaves[n] for n in turn]), strict=True):
+            leaves[place] = leaf
+    rest = updated(lambda own, leaf: _nothing(own, leaf) if _is_stacked(own) else to_device(leaf), leaves)
+    found = [
+        leaf if _is_stacked(own) else to_where(new, leaf) for own, leaf, new in zip(named, leaves, rest, strict=True)
+    ]
+    return jax.tree.unflatten(structure, found)
+
+
+def _is_stacked(words: str) -> bool:
+    return words.startswith("layers ")
+
+
+def _nothing(words: str, leaf):
+    """No entries, in as many dims; what follows no parameter as it is."""
+    return jnp.zeros((0, *leaf.shape[1:]), leaf.dtype) if words and leaf.ndim else leaf
