@@ -24,6 +24,7 @@ class Plan:
         storage: what a pipeline stage keeps: `recompute` or `residual`.
         zero: ZeRO stage over the data axis, 0 to 3.
         zero_group: devices of the data axis that share one copy; 0 for all.
+        zero_gather: when ZeRO stage 3 makes parameters whole: for every `block`, or once per `step`.
         remat: what the backward pass computes again.
         regather: inside a scan over blocks, gather operands again in the backward pass rather than keep them.
         ring: overlap gathers with products, piece by piece.
@@ -43,6 +44,7 @@ class Plan:
     storage: str = "recompute"
     zero: int = 0
     zero_group: int = 0
+    zero_gather: str = "block"
     remat: str = "none"
     regather: bool = True
     ring: bool = False
@@ -132,7 +134,7 @@ def _of_tables(tensor: str, scheme: Scheme) -> list[Problem]:
     """Layouts of a user's own scheme that cannot be, and would pass: an axis that is none simply splits nothing."""
     problems = [
         Problem("plan.tensor", tensor, f"names an axis `{axis}`, which is jaxpar's own.", "another name")
-        for axis in ("data", "pipe")
+        for axis in ("data", "group", "pipe")
         if axis in scheme.axes
     ]
     if problems:

@@ -125,7 +125,8 @@ class Reducer(NamedTuple):
 
     Attributes:
         init: `init(params) -> state`, kept in `State.comm`.
-        reduce: `reduce(gradients, state, total) -> (gradients, state)`, with `total(a)` the sum of one array over data.
+        reduce: `reduce(gradients, state, total) -> (gradients, state)`, with `total(gradients)` their sums over data,
+            whole or, under ZeRO, the parts that this device owns.
     """
 
     init: Callable

@@ -10,7 +10,7 @@ from jaxpar.core import family
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Problem, near_miss
 from jaxpar.core.scheme import Scheme
-from jaxpar.plan import layout, offload
+from jaxpar.plan import layout, offload, zero
 from jaxpar.plan.layout import Placement
 
 FIELD = {"embed": "model.width", "heads": "model.width", "mlp": "model.hidden", "channels": "model.hidden"}
@@ -22,6 +22,9 @@ LANDED = (
     "chunks",
     "microbatches",
     "storage",
+    "zero",
+    "zero_group",
+    "zero_gather",
     "regather",
     "unroll",
     "offload",
@@ -29,7 +32,12 @@ LANDED = (
     "partition",
     "reducer",
 )
-CHOICES = {"storage": ("recompute", "residual"), "unroll": ("auto", "true", "false"), "partition": ("manual", "auto")}
+CHOICES = {
+    "storage": ("recompute", "residual"),
+    "zero_gather": zero.GATHERS,
+    "unroll": ("auto", "true", "false"),
+    "partition": ("manual", "auto"),
+}
 
 
 def of_plan(plan: Plan) -> Iterator[Problem]:
@@ -46,6 +54,7 @@ def of_plan(plan: Plan) -> Iterator[Problem]:
             yield Problem(name, value, f"must be at least {least}.", str(least))
     yield from _of_auto(plan)
     yield from _of_offload(plan)
+    yield from _of_zero(plan)
     for field, folder in (("precision", "policies"), ("reducer", "reducers")):
         name = getattr(plan, field)
         if ".py:" not in name and name not in family.names(folder):
@@ -59,6 +68,7 @@ def _of_auto(plan: Plan) -> Iterator[Problem]:
     left = {
         "regather": "XLA decides what is gathered again",
         "reducer": "gradients arrive summed over data",
+        "zero_gather": "XLA decides when parameters are gathered",
         "pipe": "there is no axis for it: jaxpar plays its timetables inside `jax.shard_map`",
     }
     for field, why in left.items() if plan.partition == "auto" else ():
@@ -76,6 +86,34 @@ def _of_offload(plan: Plan) -> Iterator[Problem]:
         yield Problem("plan.offload", plan.offload, str(error), "+".join(offload.KINDS))
         return
     del chosen
+
+
+def _of_zero(plan: Plan) -> Iterator[Problem]:
+    """The fields of ZeRO, as far as they can be judged without the scheme."""
+    if plan.zero > 3:
+        yield Problem("plan.zero", plan.zero, "is not a stage.", "0, 1, 2 or 3")
+    if plan.zero_gather != Plan.zero_gather and plan.zero != 3:
+        rule = f"says when stage 3 gathers parameters, and plan.zero = {plan.zero}."
+        yield Problem("plan.zero_gather", plan.zero_gather, rule, "zero_gather=block; or zero=3")
+    if plan.zero_group > 0 and not plan.zero:
+        rule = "says how many devices share out one copy, and plan.zero = 0."
+        yield Problem("plan.zero_group", plan.zero_group, rule, "zero_group=0; or zero=1, 2 or 3")
+    elif plan.zero_group > 0 and plan.data % plan.zero_group:
+        divisors = ", ".join(str(n) for n in range(1, plan.data + 1) if plan.data % n == 0)
+        yield Problem("plan.zero_group", plan.zero_group, f"must divide plan.data = {plan.data}.", divisors)
+
+
+def group(plan: Plan) -> int:
+    """Size of the minor part of the data axis over which ZeRO splits state, where it is a part at all; else 1."""
+    part = plan.zero > 0 and 0 < plan.zero_group < plan.data and plan.data % plan.zero_group == 0
+    return plan.zero_group if part else 1
+
+
+def of_zero(placement: Placement, plan: Plan) -> Iterator[Problem]:
+    """Whether there is a data axis to split state over."""
+    if 0 < plan.zero <= 3 and not layout.replicas(placement):
+        rule = "splits state over the devices of a data axis, and this plan has none."
+        yield Problem("plan.zero", plan.zero, rule, "zero=0; or data=2 or more")
 
 
 def of_rows(placement: Placement, plan: Plan, batch: int, context: int | None) -> Iterator[Problem]:

@@ -12,6 +12,8 @@ from jaxpar.core.types import Context
 from jaxpar.plan import layout
 from jaxpar.plan.layout import Layout
 from jaxpar.plan.product import Settings, conv_of, dot_of, hold_of, local_ids, lookup_of, offset
+from jaxpar.plan.offload import any_hosted, brought
+from jaxpar.plan.zero import fetched, gathers
 
 
 def context(settings: Settings) -> Context:
@@ -139,11 +141,11 @@ def _block(settings: Settings):
             def body(x, xs):
                 layer, params, extra = xs
                 key = None if settings.key is None else jax.random.fold_in(settings.key, settings.first_layer + layer)
-                return apply(params, extra, x, context(settings._replace(key=key)))
+                return apply(fetched(settings, brought(params)), extra, x, context(settings._replace(key=key)))
 
             count = jax.tree.leaves(params)[0].shape[0]
             xs = (jnp.arange(count), params, extra)
-            if not _unrolled(settings, count):
+            if gathers(params) or any_hosted(params) or not _unrolled(settings, count):
                 return settings.wire.scan(settings.wire.regather(body) if settings.regather else body, x, xs)
             extras = []
             for layer in range(count):  # no regather here: outside a scan XLA merges the second gather with the first

@@ -13,6 +13,7 @@ INNER = ("mlp", "heads", "kv_heads", "vocab", "channels")
 ROWS_OF_RANK = {1: (), 2: ROWS[:1], 3: ROWS[:2], 4: ("batch", "height", "width")}
 WORDS = (*ROWS, "embed", *INNER, "layers", "experts", "-")
 PIPE = "pipe"  # the axis of a pipeline's devices
+GROUP = "group"  # where ZeRO shares out a part of the data axis: the devices that share one copy
 FILLER = -1  # in a stack: a place that holds no layer
 
 
@@ -37,15 +38,23 @@ class Placement(NamedTuple):
 SINGLE = Placement(Scheme(axes={}, outer=((), ()), inner=((), ()), up=((), ()), down=((), ())))
 
 
-def place(scheme: Scheme, data: int, sizes: Mapping[str, int], pipe: int = 1, stack: tuple[int, ...] = ()) -> Placement:
-    """Lead both row layouts by a `data` axis, drop axes of size 1, and decide what lies on the context.
+def place(
+    scheme: Scheme,
+    data: int,
+    sizes: Mapping[str, int],
+    pipe: int = 1,
+    stack: tuple[int, ...] = (),
+    group: int = 1,
+) -> Placement:
+    """Lead both row layouts by the data axes, drop axes of size 1, and decide what lies on the context.
 
     Args:
-        scheme: layouts without the axes `data` and `pipe`.
+        scheme: layouts without the axes `data`, `group` and `pipe`.
         data: size of the data axis.
         sizes: entries of each dim of the model that has one: `batch` (per microbatch), `context`, `kv_heads`, ...
         pipe: size of the pipeline axis, the first of the mesh: what it sends is the least.
         stack: as in `Placement`: as many places on each device of `pipe`.
+        group: size of the minor part of the data axis over which ZeRO splits state, if it is not all of it; else 1.
 
     Raises:
         ValueError: if `stack` lacks a layer, has one twice, or does not divide.
@@ -55,14 +64,18 @@ def place(scheme: Scheme, data: int, sizes: Mapping[str, int], pipe: int = 1, st
             f"stack={stack} must hold each layer once, {FILLER} at all other places, and as many places on each of "
             f"{pipe} devices."
         )
-    axes = {axis: size for axis, size in {PIPE: pipe, "data": data, **scheme.axes}.items() if size > 1}
+    axes = {
+        axis: size
+        for axis, size in {PIPE: pipe, "data": data // group, GROUP: group, **scheme.axes}.items()
+        if size > 1
+    }
 
     def kept(pair):
         return pair and tuple(tuple(axis for axis in dim if axis in axes) for dim in pair)
 
     def led(pair):
         rows, features = kept(pair)
-        return (("data",) if "data" in axes else ()) + rows, features
+        return tuple(axis for axis in ("data", GROUP) if axis in axes) + rows, features
 
     weights = {field: kept(getattr(scheme, field)) for field in ("up", "down", "table", "across", "inside", "enter")}
     found = scheme._replace(axes=axes, outer=led(scheme.outer), inner=led(scheme.inner), **weights)

@@ -128,6 +128,11 @@ def parameter_specs(placement: Placement, dims) -> PartitionSpec:
     return jax.tree.map(lambda words: spec(layout.weight(placement, words)), dims)
 
 
+def specs(dims, layouts):
+    """The specs of a tree of layouts, in the form of a tree of dim strings."""
+    return jax.tree.map(lambda words, lies: spec(lies), dims, layouts)
+
+
 def shardings(mesh: Mesh, specs):
     """Specs bound to a mesh."""
     return jax.tree.map(lambda one: NamedSharding(mesh, one), specs, is_leaf=lambda one: isinstance(one, PartitionSpec))

@@ -58,7 +58,7 @@ def resting(shardings: Tree, shapes: Tree) -> Tree:
 
 
 class Hosted(NamedTuple):
-    """A parameter on the host, as it goes through a model until `brought` brings it to the device.
+    """A parameter of a stack of blocks that rests on the host, as it goes through a model until `brought` brings it to the device.
 
     A gradient has the type of what it is of, so one of `array` would lie on the host as well, and be added up there.
     It is taken by `shadow` instead.
@@ -72,15 +72,23 @@ class Hosted(NamedTuple):
     shadow: Any
 
 
-def shadowed(params: Tree) -> Tree:
-    """Parameters as layers take them: those on the host as `Hosted`."""
+def entered(dims: Tree, params: Tree) -> Tree:
+    """Parameters as a step takes them: of those on the host, stacks of blocks as `Hosted`, and the rest brought here.
 
-    def one(leaf):
-        if not on_host(leaf):
-            return leaf
+    What is no stack is read at both ends of a step, or kept from its forward to its backward pass, so that to bring it
+    anew would save nothing.
+
+    Args:
+        dims: tree of dim strings.
+        params: local parts.
+    """
+
+    def one(words, leaf):
+        if not (on_host(leaf) and words.startswith("layers ")):
+            return to_device(leaf)
         return Hosted(leaf, compat.vary(jnp.zeros(leaf.shape, leaf.dtype), compat.varying_axes(leaf)))
 
-    return jax.tree.map(one, params)
+    return jax.tree.map(one, dims, params)
 
 
 def brought(tree: Tree) -> Tree:

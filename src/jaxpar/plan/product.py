@@ -12,6 +12,7 @@ from jaxpar.plan import layout
 from jaxpar.plan.layout import Layout, Placement
 from jaxpar.plan.matmul import Moves, Step, derive
 from jaxpar.plan.wire import Wire
+from jaxpar.plan.zero import NONE, Zero
 
 
 class Settings(NamedTuple):
@@ -21,6 +22,7 @@ class Settings(NamedTuple):
         placement: the scheme, set down on the model.
         policy: precision.
         wire: collectives, real or counted.
+        zero: who holds which parts of parameters and of what follows them.
         train: training or evaluation.
         key: random key of this step and layer; None if nothing is drawn.
         first_example: global index of the first example of this microbatch.
@@ -35,6 +37,7 @@ class Settings(NamedTuple):
     placement: Placement
     policy: Policy
     wire: Wire
+    zero: Zero = NONE
     train: bool = True
     key: Any = None
     first_example: Any = 0

@@ -16,8 +16,9 @@ from jaxpar.core import compat
 from jaxpar.core.cost import Cost, wire_bytes
 from jaxpar.core.scheme import Axes
 
-# Primitives whose results are not kept: gathers, and the reshape that would keep one under another shape.
-GATHERED = ("all_gather", "all_gather_invariant", "all_gather_reduced", "reshape")
+# Primitives whose results are not kept: gathers, what comes from the host, and the reshape that would keep one under
+# another shape.
+GATHERED = ("all_gather", "all_gather_invariant", "all_gather_reduced", "device_put", "reshape")
 
 
 class Wire(NamedTuple):

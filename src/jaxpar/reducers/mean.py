@@ -1,6 +1,4 @@
-"""One all-reduce per gradient."""
-
-import jax
+"""One all-reduce per gradient, or one reduce-scatter."""
 
 from jaxpar.core.types import Reducer
 
@@ -9,6 +7,6 @@ def mean() -> Reducer:
     """Sum what each device found; losses are already divided by the number of labels in the whole batch."""
 
     def reduce(gradients, state, total):
-        return jax.tree.map(total, gradients), state
+        return total(gradients), state
 
     return Reducer(init=lambda params: {}, reduce=reduce)

@@ -19,7 +19,7 @@ from jaxpar.core.timetable import Timetable
 from jaxpar.core.types import Tree
 from jaxpar.plan.layout import PIPE
 from jaxpar.step import stages
-from jaxpar.step.pieces import Boundary, Given, Role, Work, halves, merged
+from jaxpar.step.pieces import Boundary, Given, Role, Work, halves, merged, nothing_found
 
 
 class Score(NamedTuple):
@@ -87,7 +87,7 @@ def play(score: Score, params: Tree, extra: Tree, batch: tuple, *, learn: bool =
     """
     shelves = {kind: _shelves(score, kind) for kind in KEEPS}
     columns, rows = columns_of(score.table, score.role_of, [set(work) for work in score.works])
-    total = jax.tree.map(jnp.zeros_like, params) if learn else None
+    total = nothing_found(params) if learn else None
     loss = compat.vary(jnp.zeros(score.loss.shape, score.loss.dtype), compat.varying_axes(score.loss))
     carry = Carry(_pools(score, shelves, columns, rows), total, extra, loss)
     active = {kind: np.unique(rows[..., columns[kind, "role"]]).tolist() for kind in score.table.kinds}

@@ -1,5 +1,6 @@
 """Loss and gradients of one device, inside `jax.shard_map`."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 from jaxpar.core import compat
 from jaxpar.core.timetable import Timetable
 from jaxpar.core.types import Layer, Part, Reducer, Tree
-from jaxpar.plan import layout
+from jaxpar.plan import layout, offload, zero
 from jaxpar.plan.context import Settings
 from jaxpar.plan.layout import PIPE
 from jaxpar.step.executor import Carry, play
@@ -70,15 +71,14 @@ def gradients(
     count = jnp.maximum(labelled(settings, batch[1]), 1)
     replicas = layout.replicas(settings.placement)
     varied = jax.tree.map(lambda leaf: compat.vary(leaf, replicas), params)
+    entered = zero.entered(settings, offload.entered(model.dims[0], varied))
 
     def loss(ctx, logits, labels):
         return _share(settings, ctx.cross_entropy(logits, labels).sum()) / count
 
     manner = Manner(True, pipeline.storage, _examples(settings, batch), loss)
-    done = _played(model, pipeline, settings._replace(key=key), manner, (varied, extra, batch))
-    found, comm = reducer.reduce(
-        _summed(model, pipeline, done.total), comm, lambda leaf: settings.wire.total(leaf, replicas, "gradients")
-    )
+    done = _played(model, pipeline, settings._replace(key=key), manner, (entered, extra, batch))
+    found, comm = reducer.reduce(_summed(model, pipeline, done.total), comm, partial(zero.summed, settings))
     new = _from_owners(model, pipeline, done.extra)
     return Found(lax.psum(done.loss, compat.varying_axes(done.loss)), found, new, comm)
 
@@ -93,7 +93,8 @@ def evaluate(model: Layer, pipeline: Pipeline, settings: Settings, params, extra
         return _share(settings, ctx.cross_entropy(logits, labels).sum())
 
     manner = Manner(False, pipeline.storage, _examples(settings, batch), loss)
-    done = _played(model, pipeline, settings._replace(train=False), manner, (params, extra, batch))
+    entered = zero.entered(settings, offload.entered(model.dims[0], params))
+    done = _played(model, pipeline, settings._replace(train=False), manner, (entered, extra, batch))
     return lax.psum(done.loss, compat.varying_axes(done.loss)), labelled(settings, batch[1])
 
 

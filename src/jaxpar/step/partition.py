@@ -11,6 +11,7 @@ from jaxpar.plan import layout
 from jaxpar.plan import mesh as meshes
 from jaxpar.plan.layout import SINGLE, Placement
 from jaxpar.plan.product import Settings
+from jaxpar.plan.zero import NONE
 
 
 class Partition(NamedTuple):
@@ -52,6 +53,7 @@ def _auto(settings: Settings, mesh: Mesh) -> Partition:
         placement=SINGLE,
         constrain=_constrain(settings.placement, mesh),
         unroll=unroll,
+        zero=NONE,  # how arrays lie between steps says it all
         regather=False,  # nothing is gathered that could be given up
     )
 

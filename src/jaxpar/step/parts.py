@@ -17,6 +17,7 @@ from jaxpar.plan import check, layout, offload
 from jaxpar.plan.context import Settings
 from jaxpar.plan.layout import SINGLE, Placement
 from jaxpar.plan.wire import device_wire
+from jaxpar.plan.zero import zero_of
 from jaxpar.step import checks
 from jaxpar.step.gradients import Pipeline
 from jaxpar.step.stages import Division, costs_of, divide
@@ -108,6 +109,7 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
         placement=placement,
         policy=family.pick("policies", plan.precision)(),
         wire=device_wire(),
+        zero=zero_of(plan, placement, model.dims[0], _shapes(model)[0]),
         unroll={"true": True, "false": False, "auto": None}[plan.unroll],
         regather=plan.regather,
     )
@@ -171,13 +173,19 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
     if scheme:
         sizes = _dims(recipe, fields, labels)
         stack = division.stack if division else ()
-        placement = layout.place(scheme, recipe.plan.data, sizes, recipe.plan.pipe, stack)
+        group = check.group(recipe.plan)
+        placement = layout.place(scheme, recipe.plan.data, sizes, recipe.plan.pipe, stack, group)
+        found.problems.extend(check.of_zero(placement, recipe.plan))
         found.problems.extend(check.of_rows(placement, recipe.plan, recipe.batch, sizes.get("context")))
     if scheme and model:
-        shapes = jax.eval_shape(lambda seed: model.init(jax.random.key(seed)), 0)
-        found.problems.extend(check.of_model(placement, model.dims, shapes, sizes))
+        found.problems.extend(check.of_model(placement, model.dims, _shapes(model), sizes))
     refuse(found.problems)
     return model, placement, division
+
+
+def _shapes(model: Layer):
+    """Of (params, extra), as on disk."""
+    return jax.eval_shape(lambda seed: model.init(jax.random.key(seed)), 0)
 
 
 def _divided(recipe: Recipe, model: Layer, order: Order, inputs) -> Division:

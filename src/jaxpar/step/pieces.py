@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxpar.core import compat
 from jaxpar.core.types import Tree
+from jaxpar.plan import offload, zero
 from jaxpar.plan.context import Settings, context
 from jaxpar.step import stages
 from jaxpar.step.cut import Value, cut, trace
@@ -147,10 +148,14 @@ def back_and_forth(forward: Forward) -> Callable[[Given], Made]:
     """
 
     def whole(given: Given) -> Made:
-        def run(own, backward, x):
-            return forward(given._replace(own=own, backward=backward, x=x))
+        trained, ahead = zero.apart(given.own)
+        trained, arrays = offload.apart(trained)
 
-        out, pull, new = jax.vjp(run, given.own, given.backward, given.x, has_aux=True)
+        def run(own, backward, x):
+            own = offload.together(own, arrays)
+            return forward(given._replace(own=zero.together(own, ahead), backward=backward, x=x))
+
+        out, pull, new = jax.vjp(run, trained, given.backward, given.x, has_aux=True)
         own, backward, x = pull(given.seed)
         return Made(out, out, new, x, backward, own)
 
@@ -259,6 +264,11 @@ def _wanted(role: Role, results: Made, *, residual: bool, split: bool) -> dict[s
     lead = [name for name in lead if name not in tail or not first]
     back = {"B": after._replace(own=own(lead if split else [*lead, *rest]))}
     return first | back | ({"W": Made(own=own(rest))} if split else {})
+
+
+def nothing_found(params: Tree) -> Tree:
+    """Gradients of parameters before there is any: zeros for what is trained of them."""
+    return jax.tree.map(jnp.zeros_like, offload.apart(zero.apart(params)[0])[0])
 
 
 def halves(extra: Tree) -> tuple[Tree, Tree]:

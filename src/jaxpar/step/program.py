@@ -64,21 +64,31 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
     placement, model = parts.settings.placement, parts.model
     mesh = meshes.mesh_of(placement.scheme.axes, devices)
     settings, spread = partition(parts.partition, parts.settings, mesh)
-    param_specs, extra_specs = (meshes.parameter_specs(placement, dims) for dims in model.dims)
+    param_specs, moment_specs, extra_specs = _specs(parts)
     batch_specs = _batch_specs(placement, parts)
 
     plain = jax.eval_shape(partial(_born, parts), 0)
-    specs = _state_places(parts, plain, param_specs, extra_specs, PartitionSpec())
+    specs = _state_places(parts, plain, (param_specs, moment_specs), extra_specs, PartitionSpec())
     shardings = _at_rest(parts.offload, meshes.shardings(mesh, specs), plain)
     shapes = jax.tree.map(_struct, plain, shardings)
     unpadded = jax.eval_shape(lambda seed: _state(parts, *model.init(jax.random.key(seed))), 0)
-    words = _state_places(parts, shapes, *model.dims, "")
+    words = _state_places(parts, shapes, (model.dims[0],) * 2, model.dims[1], "")
     found = _gradients(parts, settings, spread)
-    stream = descent(parts.links, mesh, words, specs) if parts.offload & {"parameters", "optimizer"} else None
+    stream = None
+    if parts.offload & {"parameters", "optimizer"}:
+        stream = descent(parts.links, mesh, words, specs._replace(params=moment_specs))
+
+    moments = meshes.shardings(mesh, moment_specs)
+
+    def resting(state):  # so that each device updates the part of which it holds the optimizer's state
+        if "parameters" in parts.offload:  # they lie there already
+            return state
+        return state._replace(params=jax.lax.with_sharding_constraint(state.params, moments))
 
     def step(state, batch):
         new = found(state.params, state.extra, state.comm, batch, state.step)
-        return updated(parts.optimizer, new, state, stream)
+        state, metrics = updated(parts.optimizer, new, resting(state), stream)
+        return resting(state), metrics
 
     measured = spread(
         partial(evaluate, model, parts.pipeline, settings),
@@ -141,19 +151,26 @@ def traced(parts: Parts):
 def _gradients(parts: Parts, settings: Settings, spread: Callable) -> Callable:
     """`found(params, extra, comm, batch, step)`, a `Found` as a tuple, on global arrays; the rest as of `Partition`."""
     model, placement, whole = parts.model, parts.settings.placement, PartitionSpec()
-    params, extra = (meshes.parameter_specs(placement, dims) for dims in model.dims)
+    params, moments, extra = _specs(parts)
     comm = jax.tree.map(lambda _: whole, jax.eval_shape(partial(_born, parts), 0).comm)
 
     @partial(
         spread,
         in_specs=(params, extra, comm, _batch_specs(placement, parts), whole),
-        out_specs=(whole, params, extra, comm),
+        out_specs=(whole, moments, extra, comm),
     )
     def found(params, extra, comm, batch, step):
         key = jax.random.fold_in(jax.random.key(np.uint32(parts.seed)), step)
         return tuple(gradients(model, parts.pipeline, settings, parts.reducer, (params, extra, comm), batch, key))
 
     return found
+
+
+def _specs(parts: Parts) -> tuple:
+    """Where parameters lie between steps, where what follows them does (gradients, moments), and state of the model."""
+    placement, zero = parts.settings.placement, parts.settings.zero
+    params, moments = (meshes.specs(parts.model.dims[0], zero.layouts(stage)) for stage in (3, 1))
+    return params, moments, meshes.parameter_specs(placement, parts.model.dims[1])
 
 
 def _born(parts: Parts, seed) -> State:
@@ -186,9 +203,10 @@ def _at_rest(chosen: frozenset[str], shardings: State, shapes: State) -> State:
     return shardings
 
 
-def _state_places(parts: Parts, shapes: State, params, extra, whole) -> State:
-    """Of a whole State what `params` and `extra` say of theirs, specs or words; `whole` for all other leaves."""
-    opt = optimizer_places(parts.optimizer, shapes.opt, shapes.params, params, whole)
+def _state_places(parts: Parts, shapes: State, own, extra, whole) -> State:
+    """Of a whole State what is said of parameters and of moments, `own`, and of extra; `whole` for all other leaves."""
+    params, moments = own
+    opt = optimizer_places(parts.optimizer, shapes.opt, shapes.params, moments, whole)
     return State(whole, params, extra, opt, jax.tree.map(lambda _: whole, shapes.comm))
 
 

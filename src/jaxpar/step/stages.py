@@ -16,6 +16,7 @@ from jaxpar.core.refuse import Problem, Refused
 from jaxpar.core.types import Layer, Part, Tree
 from jaxpar.plan.context import context
 from jaxpar.plan.product import Settings
+from jaxpar.plan.zero import fetched
 
 
 class Piece(NamedTuple):
@@ -175,7 +176,9 @@ def apply(stage: Stage, params: Tree, extra: Tree, x, settings: Settings, firsts
     for number, piece in enumerate(stage):
         first = piece.first if firsts is None else firsts[number]
         name, layer, _ = piece.part
-        x, new[name] = layer.apply(params[name], extra[name], x, context(settings._replace(first_layer=first)))
+        here = settings._replace(first_layer=first)
+        own = params[name] if piece.count else fetched(here, params[name])  # a stack fetches block by block
+        x, new[name] = layer.apply(own, extra[name], x, context(here))
     return x, new
 
 

@@ -1,0 +1,249 @@
+"""ZeRO: state of which each device of the data axes holds a part, and parameters that are whole only while in use.
+
+Devices of the data axes compute with the same parameters, so each may keep a part of the optimizer's state (stage 1),
+of the gradients (2) and of the parameters (3). At rest a leaf is split along one more dim than where layers use it.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+
+from jaxpar.core import compat
+from jaxpar.core.plan import Plan
+from jaxpar.core.scheme import Axes
+from jaxpar.core.types import Tree
+from jaxpar.plan import layout, padding
+from jaxpar.plan.layout import Layout, Placement
+from jaxpar.plan.wire import Wire
+
+GATHERS = ("block", "step")
+
+
+class Rest(NamedTuple):
+    """How a parameter rests.
+
+    Attributes:
+        used: its layout where layers use it.
+        stored: its layout at rest.
+        steps: what makes it whole: (dim, counted from the last, axis), one gather after the other.
+        matrix: whether it is a factor of products, and so cast before it travels.
+    """
+
+    used: Layout
+    stored: Layout
+    steps: tuple[tuple[int, str], ...]
+    matrix: bool
+
+
+class Zero(NamedTuple):
+    """The ZeRO of a run.
+
+    Attributes:
+        stage: 0 to 3.
+        gather: when stage 3 gathers parameters: at every entry of a `block`, forward and back, or once per `step`.
+        axes: over which state is split.
+        rests: a `Rest` for each parameter.
+    """
+
+    stage: int
+    gather: str
+    axes: Axes
+    rests: Tree
+
+    def layouts(self, stage: int) -> Tree:
+        """Where what is split from `stage` on lies: 1 for the optimizer's state, 2 gradients, 3 parameters."""
+        split = self.stage >= stage
+        return jax.tree.map(lambda one: one.stored if split else one.used, self.rests, is_leaf=_is_rest)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["part", "whole"], meta_fields=["rest"])
+@dataclasses.dataclass(frozen=True)
+class Resting:
+    """A parameter that is not whole on any device, as it goes through a model until `fetched` makes it whole.
+
+    Attributes:
+        part: what this device holds of it; a gradient of it is the part of the gradient that the device owns.
+        whole: all of it, where it was gathered ahead; it has no gradient.
+        rest: how it rests; dims are counted from the last, so a slice of a stack of layers rests alike.
+    """
+
+    part: Any
+    whole: Any
+    rest: Rest
+
+
+NONE = Zero(0, "block", (), None)
+
+
+def zero_of(plan: Plan, placement: Placement, dims: Tree, shapes: Tree) -> Zero:
+    """The ZeRO that a plan asks for.
+
+    Args:
+        plan: `zero`, `zero_group` and `zero_gather`.
+        placement: where parameters lie without it.
+        dims: tree of dim strings.
+        shapes: tree of what has a shape: that on disk.
+
+    Source: Rajbhandari et al. 2020 (ZeRO), arXiv:1910.02054, section 5; Zhang et al. 2022 (MiCS), arXiv:2205.00119,
+        section 3.2, for `zero_group`.
+    """
+    axes = _axes(plan, placement)
+    rests = jax.tree.map(lambda words, leaf: _rest(placement, words, leaf.shape, axes), dims, shapes)
+    return Zero(plan.zero, plan.zero_gather, axes, rests)
+
+
+def _axes(plan: Plan, placement: Placement) -> Axes:
+    if not plan.zero:
+        return ()
+    copies = layout.replicas(placement)
+    return (layout.GROUP,) if layout.GROUP in copies else copies
+
+
+def _rest(placement: Placement, words: str, on_disk: tuple[int, ...], axes: Axes) -> Rest:
+    """Split along the first dim that divides, a leading `layers` aside: its parts are contiguous.
+
+    What a dim is split over already comes first. A leaf without such a dim stays whole.
+    """
+    used, named = layout.weight(placement, words), words.split()
+    matrix = len(named) > 1 and named[-2] not in ("layers", *layout.ROWS)
+    parts, sizes = layout.size(placement.scheme, axes), padding.shape(placement, words, on_disk)
+    for dim, (word, size, own) in enumerate(zip(named, sizes, used, strict=True)):
+        if axes and word != "layers" and size % (layout.size(placement.scheme, own) * parts) == 0:
+            stored = (*used[:dim], (*own, *axes), *used[dim + 1 :])
+            return Rest(used, stored, tuple((dim - len(named), axis) for axis in reversed(axes)), matrix)
+    return Rest(used, used, (), matrix)
+
+
+def entered(settings, params: Tree) -> Tree:
+    """Parameters as layers take them: from stage 2 on, `Resting` where they are split.
+
+    Args:
+        settings: `Settings` of the run.
+        params: local parts; at stage 2 whole.
+    """
+    zero = settings.zero
+    if zero.stage < 2:
+        return params
+
+    def enter(rest: Rest, leaf):
+        if not rest.steps:
+            return leaf
+        if zero.stage == 2:
+            return Resting(_own_part(settings.wire, rest, leaf), leaf, rest)
+        resting = Resting(leaf, None, rest)
+        return resting if zero.gather == "block" else dataclasses.replace(resting, whole=_gathered(settings, resting))
+
+    return jax.tree.map(enter, zero.rests, params, is_leaf=_is_rest)
+
+
+def fetched(settings, tree: Tree) -> Tree:
+    """A tree whose `Resting` leaves are whole; the gradient of each is scattered to those who own its parts.
+
+    Args:
+        settings: `Settings` of the run.
+        tree: of parameters.
+    """
+
+    def fetch(leaf):
+        if not isinstance(leaf, Resting):
+            return leaf
+        return _gathered(settings, leaf) if leaf.whole is None else _ahead(settings.wire, leaf)
+
+    return jax.tree.map(fetch, tree, is_leaf=_is_resting)
+
+
+def gathers(tree: Tree) -> bool:
+    """Whether `fetched` would have something to gather."""
+    leaves = jax.tree.leaves(tree, is_leaf=_is_resting)
+    return any(isinstance(leaf, Resting) and leaf.whole is None for leaf in leaves)
+
+
+def apart(tree: Tree) -> tuple[Tree, Tree]:
+    """What of `entered` parameters is trained, and what was gathered ahead and has no gradient."""
+
+    def trained(leaf):
+        return dataclasses.replace(leaf, whole=None) if isinstance(leaf, Resting) else leaf
+
+    def ahead(leaf):
+        return leaf.whole if isinstance(leaf, Resting) else None
+
+    return tuple(jax.tree.map(one, tree, is_leaf=_is_resting) for one in (trained, ahead))
+
+
+def together(trained: Tree, ahead: Tree) -> Tree:
+    """The inverse of `apart`."""
+
+    def one(leaf, whole):
+        return dataclasses.replace(leaf, whole=whole) if isinstance(leaf, Resting) else leaf
+
+    return jax.tree.map(one, trained, ahead, is_leaf=_is_resting)
+
+
+def summed(settings, gradients: Tree) -> Tree:
+    """Gradients summed over the data axes, each device with the parts that it owns.
+
+    Args:
+        settings: `Settings` of the run.
+        gradients: of `entered` parameters, as this device found them.
+    """
+    zero, wire, copies = settings.zero, settings.wire, layout.replicas(settings.placement)
+
+    def one(rest: Rest, leaf):
+        if isinstance(leaf, Resting):
+            leaf, done = leaf.part, zero.axes
+        elif rest.steps:
+            leaf, done = _scattered(wire, rest, leaf), zero.axes
+        else:
+            done = ()
+        return wire.total(leaf, tuple(axis for axis in copies if axis not in done), "gradients")
+
+    return jax.tree.map(one, zero.rests, gradients, is_leaf=_is_rest)
+
+
+def _gathered(settings, resting: Resting):
+    """Whole, cast before it travels."""
+    leaf, rest = resting.part, resting.rest
+    leaf = settings.policy.cast(leaf, "weight") if rest.matrix else leaf
+    for dim, axis in rest.steps:
+        leaf = settings.wire.gather(leaf, leaf.ndim + dim, axis, "parameters at rest", fixed=True)
+    return leaf
+
+
+def _scattered(wire: Wire, rest: Rest, leaf):
+    for dim, axis in reversed(rest.steps):
+        leaf = wire.scatter(leaf, leaf.ndim + dim, axis, "gradients")
+    return leaf
+
+
+def _own_part(wire: Wire, rest: Rest, leaf):
+    for dim, axis in reversed(rest.steps):
+        count = leaf.shape[dim] // lax.axis_size(axis)
+        leaf = lax.dynamic_slice_in_dim(leaf, wire.index(axis) * count, count, leaf.ndim + dim)
+    return leaf
+
+
+def _ahead(wire: Wire, resting: Resting):
+    """What was gathered ahead, with the gradient of the part."""
+    like = jax.typeof(resting.part)
+
+    @jax.custom_vjp
+    def whole_of(part, whole):
+        return whole
+
+    def backward(_, cotangent):
+        found = _scattered(wire, resting.rest, cotangent).astype(like.dtype)
+        return compat.vary(found, compat.varying_axes(like)), None
+
+    whole_of.defvjp(lambda part, whole: (whole, None), backward)
+    return whole_of(resting.part, resting.whole)
+
+
+def _is_rest(node) -> bool:
+    return isinstance(node, Rest)
+
+
+def _is_resting(node) -> bool:
+    return isinstance(node, Resting)
