@@ -145,7 +145,8 @@ def _block(settings: Settings):
 
             count = jax.tree.leaves(params)[0].shape[0]
             xs = (jnp.arange(count), params, extra)
-            if gathers(params) or any_hosted(params) or not _unrolled(settings, count):
+            again = gathers(params) or any_hosted(params)
+            if not _unrolled(settings, count) or (count > 1 and not settings.unroll and again):
                 return settings.wire.scan(settings.wire.regather(body) if settings.regather else body, x, xs)
             extras = []
             for layer in range(count):  # no regather here: outside a scan XLA merges the second gather with the first

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxpar.core import compat
@@ -17,7 +18,7 @@ from jaxpar.core.scheme import Axes
 from jaxpar.core.types import Tree
 from jaxpar.plan import layout, padding
 from jaxpar.plan.layout import Layout, Placement
-from jaxpar.plan.wire import Wire
+from jaxpar.plan.wire import Wire, device_wire
 
 GATHERS = ("block", "step")
 
@@ -30,12 +31,14 @@ class Rest(NamedTuple):
         stored: its layout at rest.
         steps: what makes it whole: (dim, counted from the last, axis), one gather after the other.
         matrix: whether it is a factor of products, and so cast before it travels.
+        stacked: whether it belongs to a stack of blocks.
     """
 
     used: Layout
     stored: Layout
     steps: tuple[tuple[int, str], ...]
     matrix: bool
+    stacked: bool
 
 
 class Zero(NamedTuple):
@@ -62,11 +65,14 @@ class Zero(NamedTuple):
 @partial(jax.tree_util.register_dataclass, data_fields=["part", "whole"], meta_fields=["rest"])
 @dataclasses.dataclass(frozen=True)
 class Resting:
-    """A parameter that is not whole on any device, as it goes through a model until `fetched` makes it whole.
+    """A parameter that rests in parts, as it goes through a model until `fetched` makes it whole.
+
+    In a stack of blocks each block scatters its gradient, which is that of `part`. Elsewhere gradients are those of the
+    whole, and `owned` scatters them: several parts of a model may read one table, whose gradients are summed first.
 
     Attributes:
-        part: what this device holds of it; a gradient of it is the part of the gradient that the device owns.
-        whole: all of it, where it was gathered ahead; it has no gradient.
+        part: what this device holds of it.
+        whole: all of it, if it is at hand.
         rest: how it rests; dims are counted from the last, so a slice of a stack of layers rests alike.
     """
 
@@ -109,48 +115,80 @@ def _rest(placement: Placement, words: str, on_disk: tuple[int, ...], axes: Axes
     """
     used, named = layout.weight(placement, words), words.split()
     matrix = len(named) > 1 and named[-2] not in ("layers", *layout.ROWS)
+    stacked = named[:1] == ["layers"]
     parts, sizes = layout.size(placement.scheme, axes), padding.shape(placement, words, on_disk)
     for dim, (word, size, own) in enumerate(zip(named, sizes, used, strict=True)):
         if axes and word != "layers" and size % (layout.size(placement.scheme, own) * parts) == 0:
             stored = (*used[:dim], (*own, *axes), *used[dim + 1 :])
-            return Rest(used, stored, tuple((dim - len(named), axis) for axis in reversed(axes)), matrix)
-    return Rest(used, used, (), matrix)
+            return Rest(used, stored, tuple((dim - len(named), axis) for axis in reversed(axes)), matrix, stacked)
+    return Rest(used, used, (), matrix, stacked)
 
 
 def entered(settings, params: Tree) -> Tree:
-    """Parameters as layers take them: from stage 2 on, `Resting` where they are split.
+    """Parameters as a step takes them: from stage 2 on, `Resting` where they are split.
 
     Args:
         settings: `Settings` of the run.
         params: local parts; at stage 2 whole.
     """
-    zero = settings.zero
-    if zero.stage < 2:
-        return params
+    zero, wire = settings.zero, settings.wire
 
     def enter(rest: Rest, leaf):
-        if not rest.steps:
+        if zero.stage < 2 or not rest.steps:
             return leaf
         if zero.stage == 2:
-            return Resting(_own_part(settings.wire, rest, leaf), leaf, rest)
-        resting = Resting(leaf, None, rest)
-        return resting if zero.gather == "block" else dataclasses.replace(resting, whole=_gathered(settings, resting))
+            return Resting(_own_part(wire, rest, leaf), leaf, rest)
+        return Resting(leaf, _gathered(settings, rest, leaf) if zero.gather == "step" else None, rest)
 
-    return jax.tree.map(enter, zero.rests, params, is_leaf=_is_rest)
+    return params if zero.rests is None else jax.tree.map(enter, zero.rests, params, is_leaf=_is_rest)
+
+
+def apart(settings, tree: Tree) -> tuple[Tree, Tree]:
+    """What of `entered` parameters gradients are taken of, and what else is known of them.
+
+    Outside of a stack parameters are made whole here, once for all that read them. To gather them part by part, and
+    again in the backward pass, would be in vain: XLA makes one of equal gathers that stand in no loop.
+    """
+    gathered: dict[int, Any] = {}
+
+    def trained(leaf):
+        if not isinstance(leaf, Resting):
+            return leaf
+        if leaf.rest.stacked:
+            return dataclasses.replace(leaf, whole=None)
+        if leaf.whole is not None:
+            return leaf.whole
+        if id(leaf.part) not in gathered:
+            gathered[id(leaf.part)] = _gathered(settings, leaf.rest, leaf.part)
+        return gathered[id(leaf.part)]
+
+    def other(leaf):
+        return leaf.whole if isinstance(leaf, Resting) and leaf.rest.stacked else None
+
+    return tuple(jax.tree.map(one, tree, is_leaf=_is_resting) for one in (trained, other))
+
+
+def together(trained: Tree, other: Tree) -> Tree:
+    """The inverse of `apart`, parameters outside of stacks whole."""
+
+    def one(leaf, whole):
+        return dataclasses.replace(leaf, whole=whole) if isinstance(leaf, Resting) else leaf
+
+    return jax.tree.map(one, trained, other, is_leaf=_is_resting)
 
 
 def fetched(settings, tree: Tree) -> Tree:
-    """A tree whose `Resting` leaves are whole; the gradient of each is scattered to those who own its parts.
+    """A tree whose `Resting` leaves are whole.
 
     Args:
         settings: `Settings` of the run.
-        tree: of parameters.
+        tree: parameters of one block of a stack, or of a part that is no stack.
     """
 
     def fetch(leaf):
         if not isinstance(leaf, Resting):
             return leaf
-        return _gathered(settings, leaf) if leaf.whole is None else _ahead(settings.wire, leaf)
+        return _gathered(settings, leaf.rest, leaf.part) if leaf.whole is None else _at_hand(settings.wire, leaf)
 
     return jax.tree.map(fetch, tree, is_leaf=_is_resting)
 
@@ -158,28 +196,29 @@ def fetched(settings, tree: Tree) -> Tree:
 def gathers(tree: Tree) -> bool:
     """Whether `fetched` would have something to gather."""
     leaves = jax.tree.leaves(tree, is_leaf=_is_resting)
-    return any(isinstance(leaf, Resting) and leaf.whole is None for leaf in leaves)
+    return any(_is_resting(leaf) and leaf.whole is None for leaf in leaves)
 
 
-def apart(tree: Tree) -> tuple[Tree, Tree]:
-    """What of `entered` parameters is trained, and what was gathered ahead and has no gradient."""
+def owned(params: Tree, gradients: Tree) -> Tree:
+    """Gradients of `entered` parameters, of those that are whole the part that this device owns."""
 
-    def trained(leaf):
+    def one(leaf, found):
+        if not isinstance(leaf, Resting) or leaf.rest.stacked:
+            return found
+        return dataclasses.replace(
+            leaf, part=_scattered(device_wire(), leaf.rest, found).astype(leaf.part.dtype), whole=None
+        )
+
+    return jax.tree.map(one, params, gradients, is_leaf=_is_resting)
+
+
+def nothing_found(params: Tree) -> Tree:
+    """Gradients of `entered` parameters before there is any, as `owned` gives them."""
+
+    def one(leaf):
         return dataclasses.replace(leaf, whole=None) if isinstance(leaf, Resting) else leaf
 
-    def ahead(leaf):
-        return leaf.whole if isinstance(leaf, Resting) else None
-
-    return tuple(jax.tree.map(one, tree, is_leaf=_is_resting) for one in (trained, ahead))
-
-
-def together(trained: Tree, ahead: Tree) -> Tree:
-    """The inverse of `apart`."""
-
-    def one(leaf, whole):
-        return dataclasses.replace(leaf, whole=whole) if isinstance(leaf, Resting) else leaf
-
-    return jax.tree.map(one, trained, ahead, is_leaf=_is_resting)
+    return jax.tree.map(jnp.zeros_like, jax.tree.map(one, params, is_leaf=_is_resting))
 
 
 def summed(settings, gradients: Tree) -> Tree:
@@ -187,28 +226,23 @@ def summed(settings, gradients: Tree) -> Tree:
 
     Args:
         settings: `Settings` of the run.
-        gradients: of `entered` parameters, as this device found them.
+        gradients: like parameters, `owned`, as this device found them.
     """
     zero, wire, copies = settings.zero, settings.wire, layout.replicas(settings.placement)
 
     def one(rest: Rest, leaf):
-        if isinstance(leaf, Resting):
-            leaf, done = leaf.part, zero.axes
-        elif rest.steps:
-            leaf, done = _scattered(wire, rest, leaf), zero.axes
-        else:
-            done = ()
-        return wire.total(leaf, tuple(axis for axis in copies if axis not in done), "gradients")
+        found = leaf.part if isinstance(leaf, Resting) else _scattered(wire, rest, leaf)
+        done = zero.axes if rest.steps else ()
+        return wire.total(found, tuple(axis for axis in copies if axis not in done), "gradients")
 
     return jax.tree.map(one, zero.rests, gradients, is_leaf=_is_rest)
 
 
-def _gathered(settings, resting: Resting):
+def _gathered(settings, rest: Rest, leaf):
     """Whole, cast before it travels."""
-    leaf, rest = resting.part, resting.rest
     leaf = settings.policy.cast(leaf, "weight") if rest.matrix else leaf
     for dim, axis in rest.steps:
-        leaf = settings.wire.gather(leaf, leaf.ndim + dim, axis, "parameters at rest", fixed=True)
+        leaf = settings.wire.gather(leaf, leaf.ndim + dim, axis, "parameters at rest")
     return leaf
 
 
@@ -225,8 +259,8 @@ def _own_part(wire: Wire, rest: Rest, leaf):
     return leaf
 
 
-def _ahead(wire: Wire, resting: Resting):
-    """What was gathered ahead, with the gradient of the part."""
+def _at_hand(wire: Wire, resting: Resting):
+    """The whole, with the gradient of the part."""
     like = jax.typeof(resting.part)
 
     @jax.custom_vjp

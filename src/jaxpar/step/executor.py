@@ -19,7 +19,7 @@ from jaxpar.core.timetable import Timetable
 from jaxpar.core.types import Tree
 from jaxpar.plan.layout import PIPE
 from jaxpar.step import stages
-from jaxpar.step.pieces import Boundary, Given, Role, Work, halves, merged, nothing_found
+from jaxpar.step.pieces import Boundary, Given, Role, Work, halves, merged
 
 
 class Score(NamedTuple):
@@ -76,18 +76,17 @@ KEEPS = {"F": "kept", "B": "between"}
 SCOPE = "timetable_"  # what the switch over a kind of work is called in a program, before the kind
 
 
-def play(score: Score, params: Tree, extra: Tree, batch: tuple, *, learn: bool = True) -> Carry:
+def play(score: Score, params: Tree, extra: Tree, batch: tuple, total: Tree) -> Carry:
     """Loss, gradients and new state, each as this device found it.
 
     Args:
         score: what to play.
         params, extra: local parts, varying over `pipe`.
         batch: local (inputs, labels), each `[microbatches, examples, ...]`, varying over `pipe`.
-        learn: whether there are gradients.
+        total: gradients before there is any; None where nothing is learned.
     """
     shelves = {kind: _shelves(score, kind) for kind in KEEPS}
     columns, rows = columns_of(score.table, score.role_of, [set(work) for work in score.works])
-    total = nothing_found(params) if learn else None
     loss = compat.vary(jnp.zeros(score.loss.shape, score.loss.dtype), compat.varying_axes(score.loss))
     carry = Carry(_pools(score, shelves, columns, rows), total, extra, loss)
     active = {kind: np.unique(rows[..., columns[kind, "role"]]).tolist() for kind in score.table.kinds}

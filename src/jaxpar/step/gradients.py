@@ -106,7 +106,7 @@ def _played(model: Layer, pipeline: Pipeline, settings: Settings, manner: Manner
     if not model.parts:  # one stage of one nameless part
         params, extra = {"": params}, {"": extra}
     found = score(table, pipeline.division.stages, settings, manner, (params, extra, batch))
-    done = play(found, params, extra, batch, learn=manner.learn)
+    done = play(found, params, extra, batch, zero.nothing_found(offload.apart(params)[0]) if manner.learn else None)
     return done if model.parts else done._replace(total=done.total and done.total[""], extra=done.extra[""])
 
 

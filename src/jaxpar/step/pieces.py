@@ -140,20 +140,20 @@ def forward_of(role: Role, settings: Settings, boundary: Boundary, examples: int
     return forward
 
 
-def back_and_forth(forward: Forward) -> Callable[[Given], Made]:
-    """A forward pass and all that its gradients are.
+def back_and_forth(settings: Settings, forward: Forward) -> Callable[[Given], Made]:
+    """A forward pass and all that its gradients are; `settings` say how parameters rest.
 
     The new state of the backward pass is the cotangent of the old one: layers whose backward pass has a state say by
     their own rule of differentiation what becomes of it.
     """
 
     def whole(given: Given) -> Made:
-        trained, ahead = zero.apart(given.own)
+        trained, other = zero.apart(settings, given.own)
         trained, arrays = offload.apart(trained)
 
         def run(own, backward, x):
-            own = offload.together(own, arrays)
-            return forward(given._replace(own=zero.together(own, ahead), backward=backward, x=x))
+            own = zero.together(offload.together(own, arrays), other)
+            return forward(given._replace(own=own, backward=backward, x=x))
 
         out, pull, new = jax.vjp(run, trained, given.backward, given.x, has_aux=True)
         own, backward, x = pull(given.seed)
@@ -172,8 +172,8 @@ def forward_work(role: Role, forward: Forward) -> dict[str, Work]:
     return {"F": Work(run, frozenset(["loss"] if role.last else ["y", "forward"]))}
 
 
-def recomputing(role: Role, forward: Forward, like: Given) -> dict[str, Work]:
-    """F keeps nothing but the state it saw, B begins anew; on the last stage F has nothing to do."""
+def recomputing(role: Role, forward: Forward, both: Callable[[Given], Made], like: Given) -> dict[str, Work]:
+    """F keeps nothing but the state it saw, B begins anew with `both` passes; on the last stage F has nothing to do."""
 
     def ahead(given, kept, between):
         out, new = forward(given)
@@ -182,8 +182,8 @@ def recomputing(role: Role, forward: Forward, like: Given) -> dict[str, Work]:
     def back(given, kept, between):
         if not role.last:
             seen = jax.tree.unflatten(jax.tree.structure(given.forward), kept)
-            return back_and_forth(forward)(given._replace(forward=seen))._replace(y=None, loss=None, forward=None), []
-        return back_and_forth(forward)(given)._replace(y=None), []
+            return both(given._replace(forward=seen))._replace(y=None, loss=None, forward=None), []
+        return both(given)._replace(y=None), []
 
     after = {"x", "backward", "own"} | ({"loss", "forward"} if role.last else set())
     first = Work(ahead, frozenset(["y", "forward"]), tuple(jax.tree.leaves(like.forward)))
@@ -191,19 +191,19 @@ def recomputing(role: Role, forward: Forward, like: Given) -> dict[str, Work]:
 
 
 def cutting(
-    role: Role, forward: Forward, like: Given, *, residual: bool, split: bool, regather: bool
+    role: Role, both: Callable[[Given], Made], like: Given, *, residual: bool, split: bool, regather: bool
 ) -> dict[str, Work]:
     """The forward pass and its gradients, cut by what each finds.
 
     Args:
         role: the stage.
-        forward: its forward pass.
+        both: its forward and backward pass.
         like: arrays like those of the work.
         residual: whether F keeps what B needs; else B begins anew.
         split: whether gradients of the weights are left to W.
         regather: whether what was gathered is gathered again rather than kept.
     """
-    traced = trace(back_and_forth(forward), like)
+    traced = trace(both, like)
     arguments = list(range(len(jax.tree.leaves(like))))
     numbers, over = jax.tree.unflatten(jax.tree.structure(like), arguments), set(compat.varying_axes(like.place[0]))
     results = jax.tree.unflatten(traced.structure, list(range(len(traced.outputs))))
@@ -264,11 +264,6 @@ def _wanted(role: Role, results: Made, *, residual: bool, split: bool) -> dict[s
     lead = [name for name in lead if name not in tail or not first]
     back = {"B": after._replace(own=own(lead if split else [*lead, *rest]))}
     return first | back | ({"W": Made(own=own(rest))} if split else {})
-
-
-def nothing_found(params: Tree) -> Tree:
-    """Gradients of parameters before there is any: zeros for what is trained of them."""
-    return jax.tree.map(jnp.zeros_like, offload.apart(zero.apart(params)[0])[0])
 
 
 def halves(extra: Tree) -> tuple[Tree, Tree]:

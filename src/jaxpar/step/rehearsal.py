@@ -55,14 +55,14 @@ def score(table: Timetable, cut: Sequence[Stage], settings: Settings, manner: Ma
         if not manner.learn:
             works.append(pieces.forward_work(role, forward))
             continue
-        like = _like(empty, number, local)
+        like, both = _like(empty, number, local), pieces.back_and_forth(settings, forward)
         if manner.storage == "recompute" and not split:
-            works.append(pieces.recomputing(role, forward, like))
+            works.append(pieces.recomputing(role, forward, both, like))
         else:
             works.append(
                 pieces.cutting(
                     role,
-                    forward,
+                    both,
                     like,
                     residual=manner.storage == "residual",
                     split=split,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxpar.core import products
@@ -16,7 +17,7 @@ from jaxpar.core.refuse import Problem, Refused
 from jaxpar.core.types import Layer, Part, Tree
 from jaxpar.plan.context import context
 from jaxpar.plan.product import Settings
-from jaxpar.plan.zero import fetched
+from jaxpar.plan.zero import fetched, owned
 
 
 class Piece(NamedTuple):
@@ -203,15 +204,23 @@ def extra_of(stage: Stage, extra: Tree, rows: Sequence | None = None) -> dict[st
 
 
 def add(stage: Stage, total: Tree, found: dict[str, Tree], rows: Sequence | None = None) -> Tree:
-    """`total`, laid out as the device's parameters, with what was found for some parts of a stage added."""
-    total = dict(total)
+    """`total`, laid out as the device's parameters, with what was found for some parts of a stage added.
+
+    Gradients of what several parts read are summed before ZeRO scatters them.
+    """
+    total, whole = dict(total), {}
     for piece, row in zip(stage, _own(stage, rows), strict=True):
-        if piece.part.name in found:
+        name, reads = piece.part.name, piece.part.reads
+        if name in found and not piece.count:
+            whole[reads] = jax.tree.map(jnp.add, whole[reads], found[name]) if reads in whole else found[name]
+        elif name in found:
 
             def one(leaf, more, piece=piece, row=row):
                 return leaf + more if _all(leaf, piece) else _added(leaf, more, row)
 
-            total[piece.part.reads] = jax.tree.map(one, total[piece.part.reads], found[piece.part.name])
+            total[reads] = jax.tree.map(one, total[reads], found[name])
+    for reads, more in whole.items():
+        total[reads] = jax.tree.map(jnp.add, total[reads], owned(total[reads], more))
     return total
 
 
