@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core.parts import normal
 from jaxpar.core.types import Layer
@@ -42,13 +43,15 @@ def attention(
         names = ("query", "key", "value")
         projected = ctx.dot(x, tuple(params[n]["weight"] for n in names), tuple(PROJECTIONS[n] for n in names))
         biased = [y + params[n]["bias"].astype(y.dtype) if bias else y for n, y in zip(names, projected, strict=True)]
-        q_bshd, k_bshd, v_bshd = (y.reshape(*y.shape[:2], -1, size) for y in biased)
+        kept = [checkpoint_name(y, name) for name, y in zip(names, biased, strict=True)]
+        q_bshd, k_bshd, v_bshd = (y.reshape(*y.shape[:2], -1, size) for y in kept)
         serving = _serving(ctx, q_bshd.shape[2], k_bshd.shape[2], heads // kv_heads)
         if serving is not None:
             k_bshd, v_bshd = (jnp.take(y, serving, axis=2) for y in (k_bshd, v_bshd))
         y = _attend(q_bshd, k_bshd, v_bshd, lambda a: ctx.dropout(a, dropout, "attention", "batch heads - -"))
-        y = ctx.dot(y.reshape(*y.shape[:2], -1), params["out"]["weight"], PROJECTIONS["out"])
-        return (y + params["out"]["bias"].astype(y.dtype) if bias else y), extra
+        y = checkpoint_name(y.reshape(*y.shape[:2], -1), "attention")
+        y = ctx.dot(y, params["out"]["weight"], PROJECTIONS["out"])
+        return checkpoint_name(y + params["out"]["bias"].astype(y.dtype) if bias else y, "out"), extra
 
     dims = {n: {"weight": d} | ({"bias": d.split()[1]} if bias else {}) for n, d in PROJECTIONS.items()}
     return Layer(init, apply, dims=(dims, {}))
@@ -68,5 +71,6 @@ def _attend(q_bqhd, k_bkhd, v_bkhd, drop):
         jnp.einsum("bqhd,bkhd->bhqk", q_bqhd, k_bkhd, preferred_element_type=jnp.float32) * q_bqhd.shape[-1] ** -0.5
     )
     visible = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-    weights = drop(jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1))
+    scores = jnp.where(visible, checkpoint_name(scores, "scores"), -jnp.inf)
+    weights = drop(checkpoint_name(jax.nn.softmax(scores, axis=-1), "weights"))
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v_bkhd.dtype), v_bkhd)

@@ -2,6 +2,8 @@
 
 import math
 
+from jax.ad_checkpoint import checkpoint_name
+
 from jaxpar.core.parts import normal
 from jaxpar.core.types import Layer
 
@@ -26,6 +28,6 @@ def conv(into: int, out: int, dims: str, *, window: int = 3, strides: int = 1) -
         return {"kernel": normal(key, (window, window, into, out), math.sqrt(2 / (window * window * into)))}, {}
 
     def apply(params, extra, x, ctx):
-        return ctx.conv(x, params["kernel"], dims, strides), extra
+        return checkpoint_name(ctx.conv(x, params["kernel"], dims, strides), "conv"), extra
 
     return Layer(init, apply, dims=({"kernel": f"- - {dims}"}, {}))

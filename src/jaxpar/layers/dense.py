@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core import compat
 from jaxpar.core.parts import normal
@@ -79,7 +80,8 @@ def mlp(width: int, hidden: int, function: str, *, bias: bool = True, out_deviat
 
     def apply(params, extra, x, ctx):
         hidden, _ = up.apply(params["up"], {}, x, ctx)
-        y, _ = down.apply(params["down"], {}, between(hidden), ctx)
-        return y, extra
+        hidden = checkpoint_name(between(checkpoint_name(hidden, "up")), "activation")
+        y, _ = down.apply(params["down"], {}, hidden, ctx)
+        return checkpoint_name(y, "down"), extra
 
     return Layer(init, apply, dims=({"up": up.dims[0], "down": down.dims[0]}, {}))

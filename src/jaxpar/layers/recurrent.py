@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core.parts import normal
 from jaxpar.core.types import Layer
@@ -43,14 +44,18 @@ def gru(width: int, hidden: int, *, bias: bool = True) -> Layer:
         inputs = ctx.dot(x, tuple(params[f"{gate}_in"]["weight"] for gate in GATES), ("embed mlp",) * 3)
         if bias:
             inputs = [y + params[f"{gate}_in"]["bias"].astype(y.dtype) for gate, y in zip(GATES, inputs, strict=True)]
+        inputs = [checkpoint_name(y, "inputs") for y in inputs]
         held = [ctx.hold(params[f"{gate}_hidden"]["weight"], "mlp mlp") for gate in GATES]
         biases = [ctx.hold(params[f"{gate}_hidden"]["bias"], "mlp") if bias else 0.0 for gate in GATES]
 
         def step(h, inputs):
             products = ctx.dot(h, held, ("mlp mlp",) * 3)
-            recurrent = [y.astype(h.dtype) + c for y, c in zip(products, biases, strict=True)]
-            reset, update = (jax.nn.sigmoid(inputs[n] + recurrent[n]) for n in (0, 1))
-            new = jnp.tanh(inputs[2] + reset * recurrent[2])
+            recurrent = [
+                checkpoint_name(y.astype(h.dtype) + c, "recurrent") for y, c in zip(products, biases, strict=True)
+            ]
+            gates = (jax.nn.sigmoid(inputs[n] + recurrent[n]) for n in (0, 1))
+            reset, update = (checkpoint_name(gate, "gates") for gate in gates)
+            new = checkpoint_name(jnp.tanh(inputs[2] + reset * recurrent[2]), "gates")
             h = (1 - update) * new + update * h
             return h, h
 

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core.types import Layer
 
@@ -43,7 +44,7 @@ def batch(width: int, dims: str = "embed", eps: float = 1e-5, keep: float = 0.9,
         else:
             centred, variance = centred - running["mean"], running["variance"]
         y = centred * jax.lax.rsqrt(variance + eps) * params["gain"]
-        return (y + params["bias"] if bias else y).astype(x.dtype), extra
+        return checkpoint_name((y + params["bias"] if bias else y).astype(x.dtype), "norm"), extra
 
     names = {"gain": dims} | ({"bias": dims} if bias else {})
     return Layer(init, apply, dims=(names, {"forward": {"mean": dims, "variance": dims}}))

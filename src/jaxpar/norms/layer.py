@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core.types import Layer
 
@@ -30,6 +31,6 @@ def layer(width: int, dims: str = "embed", eps: float = 1e-5, bias: bool = True)
         centred = x.astype(jnp.float32)
         centred = centred - ctx.mean(centred, dims)
         y = centred * jax.lax.rsqrt(ctx.mean(centred**2, dims) + eps) * params["gain"]
-        return (y + params["bias"] if bias else y).astype(x.dtype), extra
+        return checkpoint_name((y + params["bias"] if bias else y).astype(x.dtype), "norm"), extra
 
     return Layer(init, apply, dims=({"gain": dims} | ({"bias": dims} if bias else {}), {}))

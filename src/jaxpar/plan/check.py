@@ -10,7 +10,7 @@ from jaxpar.core import family
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Problem, near_miss
 from jaxpar.core.scheme import Scheme
-from jaxpar.plan import layout, offload, zero
+from jaxpar.plan import layout, offload, remat, zero
 from jaxpar.plan.layout import Placement
 
 FIELD = {"embed": "model.width", "heads": "model.width", "mlp": "model.hidden", "channels": "model.hidden"}
@@ -22,6 +22,7 @@ LANDED = (
     "chunks",
     "microbatches",
     "storage",
+    "remat",
     "zero",
     "zero_group",
     "zero_gather",
@@ -53,7 +54,8 @@ def of_plan(plan: Plan) -> Iterator[Problem]:
         elif isinstance(value, int) and not isinstance(value, bool) and value < least:
             yield Problem(name, value, f"must be at least {least}.", str(least))
     yield from _of_auto(plan)
-    yield from _of_offload(plan)
+    yield from remat.of_plan(plan)
+    yield from offload.of_plan(plan)
     yield from _of_zero(plan)
     for field, folder in (("precision", "policies"), ("reducer", "reducers")):
         name = getattr(plan, field)
@@ -76,16 +78,6 @@ def _of_auto(plan: Plan) -> Iterator[Problem]:
         if value != default:
             legal = f"{field}={str(default).lower()}; or partition=manual"
             yield Problem(f"plan.{field}", str(value).lower(), f"under partition=auto {why}.", legal)
-
-
-def _of_offload(plan: Plan) -> Iterator[Problem]:
-    """Names that are none, and what cannot rest on the host under the rest of the plan."""
-    try:
-        chosen = offload.parse(plan.offload)
-    except ValueError as error:
-        yield Problem("plan.offload", plan.offload, str(error), "+".join(offload.KINDS))
-        return
-    del chosen
 
 
 def _of_zero(plan: Plan) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from jax import lax
 from jaxpar.core import compat
 from jaxpar.core.scheme import Axes
 from jaxpar.core.types import Context
-from jaxpar.plan import layout
+from jaxpar.plan import layout, remat
 from jaxpar.plan.layout import Layout
 from jaxpar.plan.product import Settings, conv_of, dot_of, hold_of, local_ids, lookup_of, offset
 from jaxpar.plan.offload import any_hosted, brought
@@ -115,7 +115,10 @@ def _counters(settings: Settings, shape, lies: Layout):
 def _loop(settings: Settings):
     def loop(body, carry, xs):
         axes = {axis for leaf in jax.tree.leaves(xs) for axis in compat.varying_axes(leaf)}
-        return settings.wire.scan(body, jax.tree.map(lambda leaf: compat.vary(leaf, sorted(axes)), carry), xs)
+        carry = jax.tree.map(lambda leaf: compat.vary(leaf, sorted(axes)), carry)
+        if settings.train and settings.remat.kind != "none":
+            return remat.chain(settings.remat, body, carry, xs, regather=False)
+        return settings.wire.scan(body, carry, xs)
 
     return loop
 
@@ -145,6 +148,8 @@ def _block(settings: Settings):
 
             count = jax.tree.leaves(params)[0].shape[0]
             xs = (jnp.arange(count), params, extra)
+            if settings.train and settings.remat.kind != "none":
+                return remat.chain(settings.remat, body, x, xs, regather=settings.regather)
             again = gathers(params) or any_hosted(params)
             if not _unrolled(settings, count) or (count > 1 and not settings.unroll and again):
                 return settings.wire.scan(settings.wire.regather(body) if settings.regather else body, x, xs)

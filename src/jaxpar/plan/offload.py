@@ -5,36 +5,115 @@ seen to be one. A host array takes part in nothing but slices along its first di
 arithmetic on it would be done by the host's cores.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxpar.core import compat
-from jaxpar.core.refuse import near_miss
+from jaxpar.core.cells import Order
+from jaxpar.core.plan import Plan
+from jaxpar.core.refuse import Collector, Problem, Refused, near_miss
 from jaxpar.core.types import Tree
 
 KINDS = ("parameters", "optimizer", "activations")
 NONE = "none"
 HOST = "pinned_host"  # jax's name of memory that the device reads and writes by itself
 JOINED = "+"
+CUT = ("sqrt", "nested", "binomial", "budget")  # remat that runs a stack in pieces
+KEEPING = ("block", "names")  # remat that keeps few activations, which it knows by name
 
 
 def parse(text: str) -> frozenset[str]:
     """What `plan.offload` names, in any order; the empty set for `none`.
 
     Raises:
-        ValueError: with what to write instead, for a name that is none, one that is given twice, or none at all.
+        Refused: for each name that is none (with the likeliest), and for one that is given twice.
     """
     if text == NONE:
         return frozenset()
-    names = text.split(JOINED)
-    for name in names:
-        if name not in KINDS:
-            raise ValueError(f"`{name}` is not among what can be offloaded; {near_miss(name, (*KINDS, NONE))}.")
-        if names.count(name) > 1:
-            raise ValueError(f"names {name} twice.")
+    names = [name.strip() for name in text.split(JOINED)]
+    wrong = [
+        Problem("plan.offload", text, f"there is no `{name}` to offload.", near_miss(name, (*KINDS, NONE)))
+        for name in dict.fromkeys(names)
+        if name not in KINDS
+    ]
+    if not wrong and len(set(names)) < len(names):
+        wrong = [Problem("plan.offload", text, "names something twice.", JOINED.join(dict.fromkeys(names)))]
+    if wrong:
+        raise Refused(wrong)
     return frozenset(names)
+
+
+def of_plan(plan: Plan) -> Iterator[Problem]:
+    """What is wrong with `plan.offload`, or cannot go with it."""
+    found = Collector([])
+    chosen = found.attempt(parse, plan.offload) or frozenset()
+    yield from found.problems
+    if "parameters" in chosen:
+        yield from _of_parameters(plan)
+    if "activations" in chosen:
+        yield from _of_activations(plan)
+
+
+def _of_parameters(plan: Plan) -> Iterator[Problem]:
+    """Parameters come to the device block by block, forward and back, so blocks must be run by one scan over them."""
+    without = f"; or offload={_without('parameters', plan)}"
+    if plan.partition == "auto":
+        rule = "XLA would decide when parameters are brought to the device."
+        yield Problem("plan.offload", plan.offload, rule, f"partition=manual{without}")
+    if plan.unroll == "true":
+        rule = "outside of a scan XLA brings parameters once, and keeps them until their gradients are found."
+        yield Problem("plan.unroll", "true", f"plan.offload = {plan.offload}: {rule}", f"unroll=auto{without}")
+    if not plan.regather:
+        rule = "what was brought for the forward pass is not kept for the backward pass."
+        yield Problem("plan.regather", "false", f"plan.offload = {plan.offload}: {rule}", f"regather=true{without}")
+    if plan.zero in (1, 2):
+        rule = f"under plan.zero = {plan.zero} every device holds all parameters, and updates a part of them."
+        yield Problem("plan.offload", plan.offload, rule, f"zero=3 or zero=0{without}")
+    if plan.zero == 3 and plan.zero_gather == "step":
+        rule = "all parameters would be on the device for the whole step."
+        yield Problem(
+            "plan.zero_gather", "step", f"plan.offload = {plan.offload}: {rule}", f"zero_gather=block{without}"
+        )
+    if (kind := plan.remat.partition(":")[0]) in CUT:
+        rule = f"remat={kind} cuts stacks of parameters into pieces, which would be copied in the memory of the host."
+        yield Problem("plan.remat", plan.remat, f"plan.offload = {plan.offload}: {rule}", f"remat=block{without}")
+
+
+def _of_activations(plan: Plan) -> Iterator[Problem]:
+    """What goes to the host is what remat keeps, so it must say what that is."""
+    without = f"; or offload={_without('activations', plan)}"
+    if plan.remat.partition(":")[0] not in KEEPING:
+        rule = f"plan.remat = {plan.remat} does not say which few activations are kept, to rest on the host."
+        yield Problem(
+            "plan.offload", plan.offload, rule, f"remat=block, or remat=names:query+key and the like{without}"
+        )
+    if plan.partition == "auto":
+        rule = "XLA would decide where activations rest."
+        yield Problem("plan.offload", plan.offload, rule, f"partition=manual{without}")
+    if plan.storage == "residual":
+        rule = "what a stage keeps between its forward and its backward work lies in pools on the device."
+        yield Problem(
+            "plan.storage", plan.storage, f"plan.offload = {plan.offload}: {rule}", f"storage=recompute{without}"
+        )
+
+
+def of_order(plan: Plan, order: Order) -> Iterator[Problem]:
+    """Whether a schedule leaves blocks in one scan."""
+    found = Collector([])
+    chosen = found.attempt(parse, plan.offload) or frozenset()
+    if chosen - {"optimizer"} and any(cell.kind == "W" for row in order.work for cell in row):
+        rule = f"plan.schedule = {plan.schedule} takes the two gradients of a block apart, which a scan finds at once."
+        legal = f"schedule=one_f_one_b; or offload={'optimizer' if 'optimizer' in chosen else NONE}"
+        yield Problem("plan.offload", plan.offload, rule, legal)
+
+
+def _without(name: str, plan: Plan) -> str:
+    """The rest of what is offloaded."""
+    return JOINED.join(kind for kind in KINDS if kind in parse(plan.offload) - {name}) or NONE
 
 
 def on_host(leaf) -> bool:
@@ -93,7 +172,7 @@ def entered(dims: Tree, params: Tree) -> Tree:
 
 def brought(tree: Tree) -> Tree:
     """A tree whose `Hosted` parameters are on the device, ready for use."""
-    return jax.tree.map(lambda leaf: _bring(*leaf) if _is_hosted(leaf) else leaf, tree, is_leaf=_is_hosted)
+    return jax.tree.map(lambda leaf: returned(*leaf) if _is_hosted(leaf) else leaf, tree, is_leaf=_is_hosted)
 
 
 def any_hosted(tree: Tree) -> bool:
@@ -115,14 +194,20 @@ def together(trained: Tree, arrays: list) -> Tree:
     return jax.tree.unflatten(structure, [leaf if array is None else Hosted(array, leaf) for leaf, array in pairs])
 
 
+def lent(value):
+    """A copy of an activation on the host, to be `returned`."""
+    return jax.device_put(lax.stop_gradient(value), jax.memory.Space.Host)
+
+
 @jax.custom_jvp
-def _bring(array, shadow):
+def returned(array, value):
+    """What `array` of the host holds, on the device, with the gradient of `value`, which is not read."""
     return to_device(array)
 
 
-@_bring.defjvp
-def _bring_jvp(primals, tangents):
-    return _bring(*primals), tangents[1]
+@returned.defjvp
+def _returned_jvp(primals, tangents):
+    return to_device(primals[0]), tangents[1]
 
 
 def _is_hosted(node) -> bool:

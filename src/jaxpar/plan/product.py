@@ -11,6 +11,7 @@ from jaxpar.core.scheme import Axes
 from jaxpar.plan import layout
 from jaxpar.plan.layout import Layout, Placement
 from jaxpar.plan.matmul import Moves, Step, derive
+from jaxpar.plan.remat import Remat
 from jaxpar.plan.wire import Wire
 from jaxpar.plan.zero import NONE, Zero
 
@@ -29,6 +30,7 @@ class Settings(NamedTuple):
         first_layer: number of the first block of a stack that is here, where a pipeline stage holds some of them.
         unroll: run the blocks of a stack one by one (True), in one scan (False), or as is faster (None).
         regather: inside that scan, gather again in the backward pass.
+        remat: what the backward pass computes again, in training.
         constrain: `constrain(a, dims, role)`: the array itself, but where XLA decides the collectives: an operand or
             result of a product, held to the scheme's layout. `role` is `"weight"`, `"activation"`, or `"rows"` for
             ids that stand for activations with the features `dims`.
@@ -44,6 +46,7 @@ class Settings(NamedTuple):
     first_layer: Any = 0
     unroll: bool | None = None
     regather: bool = True
+    remat: Remat = Remat()
     constrain: Callable = lambda a, dims, role: a
 
 

@@ -25,8 +25,8 @@ def gradient_lines(parts: Parts, trace=None) -> list[Line]:
 
     Source: bytes of ring algorithms, `jaxpar.core.cost.wire_bytes`; which collectives, `jaxpar.plan.matmul.derive`.
     """
-    if not parts.pipeline.plain:
-        return _pipelined(parts, trace or traced(parts))
+    if not parts.pipeline.plain or parts.settings.remat.kind != "none":
+        return _from_trace(parts, trace or traced(parts))
     placement, model = parts.settings.placement, parts.model
     book = ledger(placement.scheme.axes)
     settings = parts.settings._replace(wire=book.wire)
@@ -48,8 +48,11 @@ def gradient_lines(parts: Parts, trace=None) -> list[Line]:
     return book.lines
 
 
-def _pipelined(parts: Parts, trace) -> list[Line]:
-    """The lines of that device of the pipeline which sends most."""
+def _from_trace(parts: Parts, trace) -> list[Line]:
+    """What collectives a trace has: which gathers a pipeline makes again, and what is computed again, is known there.
+
+    Of a pipeline the lines of that device which sends most.
+    """
     sizes = parts.settings.placement.scheme.axes
     each = [list(lines(trace, sizes, one)) for one in shares_of(parts)]
     return max(each, key=lambda found: sum(line.bytes for line in found))

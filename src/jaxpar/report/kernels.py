@@ -13,7 +13,7 @@ import jax
 from jaxpar.core.walk import jaxprs
 
 VIEWS = {  # the result is the operand, under another shape or type
-    *("reshape", "squeeze", "expand_dims", "pcast", "pvary", "copy", "copy_p", "stop_gradient"),
+    *("reshape", "squeeze", "expand_dims", "pcast", "pvary", "copy", "copy_p", "stop_gradient", "name"),
     *("random_wrap", "random_unwrap", "sharding_constraint", "optimization_barrier", "bitcast_convert_type"),
 }
 CALLS = {"jit", "pjit", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint", "closed_call", "shard_map"}

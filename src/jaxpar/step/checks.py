@@ -9,8 +9,10 @@ from jaxpar.core import family, order
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import Collector, Problem, near_miss
 from jaxpar.core.types import Layer
+from jaxpar.core.walk import jaxprs
 from jaxpar.plan.layout import SINGLE
 from jaxpar.plan.product import Settings
+from jaxpar.plan.remat import NONE
 from jaxpar.step.objective import nats
 
 MOST, MOST_LAYERS = 2**31 - 1, 10_000  # whole numbers on devices have 32 bits; a model is built layer by layer
@@ -65,12 +67,8 @@ def other_data(recipe: Recipe, model: Layer, settings: Settings, batch) -> list[
     It is tried on shapes: a user's own model may take anything, and its errors stay as they are.
     """
 
-    def alone():  # keys and zeros are made in here, since outside they would make jax's devices, perhaps too few
-        one = settings._replace(placement=SINGLE, key=jax.random.key(0))
-        return nats(model, one, *model.init(jax.random.key(0)), _zeros(batch))
-
     try:
-        jax.eval_shape(alone)
+        jax.eval_shape(_alone(model, settings, batch))
     except Exception:
         reads = "example" not in family.parameters(family.pick("models", recipe.model.name))
         holds = jnp.issubdtype(batch[0].dtype, jnp.integer) and len(batch[0].shape) == len(batch[1].shape) == 2
@@ -80,6 +78,34 @@ def other_data(recipe: Recipe, model: Layer, settings: Settings, batch) -> list[
         rule += "tokens." if reads else "examples with one label each."
         return [Problem("data.name", recipe.data.name, rule, "stdlib_text" if reads else "digits")]
     return []
+
+
+def unknown_activations(recipe: Recipe, model: Layer, settings: Settings, batch) -> list[Problem]:
+    """A problem for each activation that `plan.remat` names and no layer of the model has."""
+    if settings.remat.kind != "names":
+        return []
+    known = sorted(_names(jax.make_jaxpr(_alone(model, settings._replace(remat=NONE), batch))().jaxpr))
+    rule = f"no layer of the model {recipe.model.name} calls an activation `{{}}`."
+    missing = [name for name in settings.remat.names if name not in known]
+    return [Problem("plan.remat", recipe.plan.remat, rule.format(name), near_miss(name, known)) for name in missing]
+
+
+def _names(jaxpr) -> set[str]:
+    """The activations that have a name (`jax.ad_checkpoint.checkpoint_name`) in a jaxpr and those within it."""
+    found = {equation.params["name"] for equation in jaxpr.eqns if equation.primitive.name == "name"}
+    inner = (getattr(one, "jaxpr", one) for equation in jaxpr.eqns for one in jaxprs(equation))
+    return found.union(*map(_names, inner))
+
+
+def _alone(model: Layer, settings: Settings, batch):
+    """The loss on one device, of zeros; they and keys are made within, or would make jax's devices, perhaps too few."""
+    one = settings._replace(placement=SINGLE)
+
+    def alone():
+        here = one._replace(key=jax.random.key(0))
+        return nats(model, here, *model.init(jax.random.key(0)), _zeros(batch))
+
+    return alone
 
 
 def _zeros(batch):

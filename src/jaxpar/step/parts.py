@@ -13,7 +13,7 @@ from jaxpar.core.recipe import Model, Recipe
 from jaxpar.core.refuse import Collector, Problem, refuse
 from jaxpar.core.timetable import timetable
 from jaxpar.core.types import Dataset, Layer, Reducer
-from jaxpar.plan import check, layout, offload
+from jaxpar.plan import check, layout, offload, remat
 from jaxpar.plan.context import Settings
 from jaxpar.plan.layout import SINGLE, Placement
 from jaxpar.plan.wire import device_wire
@@ -112,8 +112,10 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
         zero=zero_of(plan, placement, model.dims[0], _shapes(model)[0]),
         unroll={"true": True, "false": False, "auto": None}[plan.unroll],
         regather=plan.regather,
+        remat=remat.parse(plan.remat)._replace(offload="activations" in offload.parse(plan.offload)),
     )
     refuse(checks.other_data(recipe, model, settings, (inputs, labels)))
+    refuse(checks.unknown_activations(recipe, model, settings, (inputs, labels)))
     reducer = family.pick("reducers", plan.reducer)()
     links = optimizer_links(recipe, model)
     return Parts(
@@ -167,6 +169,7 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
         if inputs or "example" not in family.parameters(builder):
             model = found.attempt(builder, **fields)
     order = found.attempt(order_of, recipe.plan)
+    found.problems.extend([*remat.of_order(recipe.plan, order), *offload.of_order(recipe.plan, order)] if order else ())
     division = None
     if order and model:
         division = found.attempt(_divided, recipe, model, order, inputs)

@@ -15,7 +15,17 @@ from jaxpar.step.cut import Value, cut, trace
 from jaxpar.step.stages import Stage
 
 GATHERS = ("all_gather", "all_gather_invariant", "all_gather_reduced")
-VIEWS = ("reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "pcast", "pvary", "copy")  # cheap
+VIEWS = (
+    "reshape",
+    "transpose",
+    "broadcast_in_dim",
+    "squeeze",
+    "expand_dims",
+    "pcast",
+    "pvary",
+    "copy",
+    "name",
+)  # cheap
 
 
 class Given(NamedTuple):

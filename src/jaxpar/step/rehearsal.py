@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxpar.core import compat
 from jaxpar.core.timetable import Timetable
+from jaxpar.plan import revolve
 from jaxpar.plan.context import Settings, context
 from jaxpar.plan.layout import PIPE
 from jaxpar.step import executor, pieces, stages
@@ -98,7 +99,8 @@ def branches(table: Timetable, cut: Sequence[Stage], storage: str) -> Callable[[
         table, cut, storage: as of `score` and `Manner`.
 
     Returns:
-        `branches(scope, count)`: None for a switch that is none of the timetable's; `scope` is where it stands.
+        `branches(scope, count)`: None for a switch that is none of the timetable's and reverses no chain by a table
+        (`plan.revolve`); `scope` is where it stands.
     """
     roles, role_of = _roles(cut, [None] * len(cut))
     first = [{"F"} if storage == "residual" or not role.last else set() for role in roles]
@@ -110,6 +112,9 @@ def branches(table: Timetable, cut: Sequence[Stage], storage: str) -> Callable[[
         found[kind] = len(known), place.reshape(taken.shape)
 
     def of(scope: str, count: int) -> np.ndarray | None:
+        reversing = revolve.branches(scope, count)
+        if reversing is not None:
+            return np.repeat(reversing[:, None], table.devices, axis=1)
         kind = re.search(rf"{executor.SCOPE}([FBW])(/cond)?$", scope)
         return found[kind[1]][1] if kind and found[kind[1]][0] == count else None
 
