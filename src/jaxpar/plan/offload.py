@@ -195,8 +195,8 @@ def together(trained: Tree, arrays: list) -> Tree:
 
 
 def lent(value):
-    """A copy of an activation on the host, to be `returned`."""
-    return jax.device_put(lax.stop_gradient(value), jax.memory.Space.Host)
+    """A copy of an activation on the host, to be `returned`; a single number stays."""
+    return jax.device_put(lax.stop_gradient(value), jax.memory.Space.Host) if value.ndim else value
 
 
 @jax.custom_jvp

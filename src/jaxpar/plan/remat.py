@@ -122,16 +122,6 @@ def named(names: tuple[str, ...]) -> Saveable:
     return lambda primitive, *_, **params: primitive.name == "name" and params["name"] in names
 
 
-def named_on_host(names: tuple[str, ...]) -> Saveable:
-    """The same, kept in the memory of the host."""
-    return jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(names),
-        offload_src="device",
-        offload_dst=offload.HOST,
-    )
-
-
 def ungathered(primitive, *_, **__) -> bool:
     """Keep everything but what was gathered."""
     return primitive.name not in GATHERED
@@ -150,7 +140,7 @@ def chain(how: Remat, body: Callable, carry, xs, *, regather: bool):
     if how.kind == "nested":
         return _nested(body, carry, xs, how.count)
     if how.offload:
-        return scan(named_on_host(how.names), offload.inputs_on_host(body), carry, xs)
+        return _on_host(how.names, body, carry, xs)
     everything = ungathered if regather else None
     return scan({"block": nothing, "dots": dots, "names": named(how.names)}.get(how.kind, everything), body, carry, xs)
 
@@ -166,6 +156,24 @@ def scan(saveable: Saveable | None, body: Callable, carry, xs):
     if saveable is None:
         return jax.lax.scan(body, carry, xs)
     return jax.lax.scan(jax.checkpoint(body, policy=saveable, prevent_cse=False), carry, xs)
+
+
+def _on_host(names: tuple[str, ...], body: Callable, carry, xs):
+    """As `scan` that keeps the inputs of steps and the activations called `names`, all of it on the host."""
+    if _length(xs) == 1:
+        return scan(None, body, carry, xs)
+    saveable = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(names),
+        offload_src="device",
+        offload_dst=offload.HOST,
+    )
+
+    def step(there, carry, xs):
+        return body(jax.tree.map(offload.returned, there, carry), xs)
+
+    again = jax.checkpoint(step, policy=saveable, prevent_cse=False)
+    return jax.lax.scan(lambda carry, xs: again(jax.tree.map(offload.lent, carry), carry, xs), carry, xs)
 
 
 def _nested(body: Callable, carry, xs, levels: int):
