@@ -40,6 +40,10 @@ class Rest(NamedTuple):
     matrix: bool
     stacked: bool
 
+    def layout(self, stage: int, since: int) -> Layout:
+        """Where what is split `since` some stage lies at a stage: 1 is the optimizer's state, 2 gradients, 3 itself."""
+        return self.stored if stage >= since else self.used
+
 
 class Zero(NamedTuple):
     """The ZeRO of a run.
@@ -56,10 +60,13 @@ class Zero(NamedTuple):
     axes: Axes
     rests: Tree
 
-    def layouts(self, stage: int) -> Tree:
-        """Where what is split from `stage` on lies: 1 for the optimizer's state, 2 gradients, 3 parameters."""
-        split = self.stage >= stage
-        return jax.tree.map(lambda one: one.stored if split else one.used, self.rests, is_leaf=_is_rest)
+    def layouts(self, since: int) -> Tree:
+        """`Rest.layout` of each parameter."""
+        return jax.tree.map(lambda one: one.layout(self.stage, since), self.rests, is_leaf=_is_rest)
+
+    def leaves(self) -> list[Rest]:
+        """All rests, in the order of the parameters."""
+        return jax.tree.leaves(self.rests, is_leaf=_is_rest)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["part", "whole"], meta_fields=["rest"])

@@ -1,10 +1,13 @@
 """The predicted bill: the same layers walked with a Wire that only writes down what it is asked for."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from jaxpar.core.cost import Cost
-from jaxpar.plan import layout, padding
+from jaxpar.core.scheme import Axes
+from jaxpar.plan import layout, padding, zero
 from jaxpar.plan.layout import Placement
 from jaxpar.plan.wire import Line, cost_of, ledger
 from jaxpar.report.traced import lines, shares_of
@@ -25,15 +28,14 @@ def gradient_lines(parts: Parts, trace=None) -> list[Line]:
 
     Source: bytes of ring algorithms, `jaxpar.core.cost.wire_bytes`; which collectives, `jaxpar.plan.matmul.derive`.
     """
-    if not parts.pipeline.plain or parts.settings.remat.kind != "none":
+    if not parts.pipeline.plain or parts.settings.zero.stage or parts.settings.remat.kind != "none":
         return _from_trace(parts, trace or traced(parts))
     placement, model = parts.settings.placement, parts.model
     book = ledger(placement.scheme.axes)
     settings = parts.settings._replace(wire=book.wire)
-    whole = jax.eval_shape(lambda: model.init(jax.random.key(0)))
-    params, extra = (_local(placement, dims, tree) for dims, tree in zip(model.dims, whole, strict=True))
+    params, extra = local(parts)
     batch = tuple(_microbatch(placement, parts, a) for a in (parts.inputs, parts.labels))
-    rows, replicas = placement.scheme.inner[0], layout.replicas(placement)
+    rows = placement.scheme.inner[0]
 
     with book.repeated(parts.microbatches):
         jax.eval_shape(lambda *args: nats(model, settings._replace(key=jax.random.key(0)), *args), params, extra, batch)
@@ -42,7 +44,7 @@ def gradient_lines(parts: Parts, trace=None) -> list[Line]:
                 book.entry(f"gradient of {words}", "backward", "all_reduce", part, axes)
     jax.eval_shape(lambda labels: labelled(settings, labels), batch[1])
     jax.eval_shape(
-        lambda tree: parts.reducer.reduce(tree, parts.reducer.init(tree), _total(book.wire, replicas)), params
+        lambda tree: parts.reducer.reduce(tree, parts.reducer.init(tree), partial(zero.summed, settings)), params
     )
     book.entry("loss", "forward", "all_reduce", jax.ShapeDtypeStruct((), jnp.float32), rows)
     return book.lines
@@ -95,26 +97,39 @@ def _equations(jaxpr):
 
 
 def step_lines(parts: Parts, trace=None) -> list[Line]:
-    """`gradient_lines`, with its arguments, and the norms that the optimizer's half of the step takes of all gradients.
+    """`gradient_lines`, with its arguments, and what the optimizer's half of the step sends.
 
-    XLA partitions that half: it sums each leaf's squares once per dim that is split, over the axes of that dim.
+    That half XLA partitions: it sums each leaf's squares once per dim that is split, over the axes of that dim; and
+    gathers, once they are new, parameters of which ZeRO has each device update a part.
     """
-    scheme, lines = parts.settings.placement.scheme, gradient_lines(parts, trace)
-    for words in jax.tree.leaves(parts.model.dims[0]):
-        for axes in filter(None, layout.weight(parts.settings.placement, words)):
-            ordered = tuple(axis for axis in scheme.axes if axis in axes)
-            group = layout.size(scheme, axes)
-            lines.append(Line(f"norm of {words}", "forward", "all_reduce", ordered, group, 4, parts.norms))
+    placement, (params, _) = parts.settings.placement, local(parts)
+    lines = gradient_lines(parts, trace)
+    each = zip(jax.tree.leaves(parts.model.dims[0]), parts.settings.zero.leaves(), jax.tree.leaves(params), strict=True)
+    for words, rest, leaf in each:
+        for axes in filter(None, rest.layout(parts.settings.zero.stage, 1)):
+            lines.append(_line(placement, f"norm of {words}", "all_reduce", axes, 4, parts.norms))
+        if rest.steps and parts.settings.zero.stage < 3:
+            axes = parts.settings.zero.axes
+            part = leaf.size * leaf.dtype.itemsize // layout.size(placement.scheme, axes)
+            lines.append(_line(placement, f"new {words}", "all_gather", axes, part, 1))
     return lines
+
+
+def _line(placement: Placement, site: str, kind: str, axes: Axes, operand: int, times: int) -> Line:
+    ordered = tuple(axis for axis in placement.scheme.axes if axis in axes)
+    return Line(site, "forward", kind, ordered, layout.size(placement.scheme, axes), operand, times)
+
+
+def local(parts: Parts) -> tuple:
+    """Shapes of one device's parts of (params, extra) where layers use them, the vocabulary padded."""
+    whole = jax.eval_shape(lambda: parts.model.init(jax.random.key(0)))
+    placement = parts.settings.placement
+    return tuple(_local(placement, dims, tree) for dims, tree in zip(parts.model.dims, whole, strict=True))
 
 
 def predicted(parts: Parts, trace=None) -> Cost:
     """Bytes of a whole step: the sum of `step_lines`, with its arguments."""
     return cost_of(step_lines(parts, trace))
-
-
-def _total(wire, axes):
-    return lambda leaf: wire.total(leaf, axes, "gradients over data")
 
 
 def _local(placement: Placement, dims, tree):

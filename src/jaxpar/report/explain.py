@@ -118,11 +118,12 @@ def _sent(parts: Parts, trace) -> list[Row]:
 
 
 def _parameters(parts: Parts) -> list[Row]:
-    placement, dims = parts.settings.placement, parts.model.dims[0]
+    placement, dims, zero = parts.settings.placement, parts.model.dims[0], parts.settings.zero
     shapes = jax.eval_shape(lambda: parts.model.init(jax.random.key(0))[0])
     made = []
-    for (path, words), leaf in zip(jax.tree_util.tree_leaves_with_path(dims), jax.tree.leaves(shapes), strict=True):
-        over = layout.axes_of(layout.weight(placement, words))
+    named = jax.tree_util.tree_leaves_with_path(dims)
+    for (path, words), leaf, rest in zip(named, jax.tree.leaves(shapes), zero.leaves(), strict=True):
+        over = layout.axes_of(rest.layout(zero.stage, 3))
         whole, count = padding.shape(placement, words, leaf.shape), layout.size(placement.scheme, over)
         formula = f"{_by(whole)} x {leaf.dtype.itemsize} bytes" + (f" / {count} over {'+'.join(over)}" if over else "")
         name = jax.tree_util.keystr(path, simple=True, separator=".")

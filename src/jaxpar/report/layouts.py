@@ -71,8 +71,9 @@ def arrays(parts: Parts) -> list[Array]:
     found = [Array("mesh", tuple(axes), tuple(axes.values()), split)]
     batch = parts.inputs.shape[0] // parts.microbatches
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0))[0])
-    leaves = list(zip(jax.tree_util.tree_leaves_with_path(model.dims[0]), jax.tree.leaves(shapes), strict=True))
-    width = {word: size for (_, words), leaf in leaves for word, size in zip(words.split(), leaf.shape, strict=True)}
+    paths, zero = jax.tree_util.tree_leaves_with_path(model.dims[0]), parts.settings.zero
+    leaves = list(zip(paths, jax.tree.leaves(shapes), zero.leaves(), strict=True))
+    width = {word: size for (_, words), leaf, _ in leaves for word, size in zip(words.split(), leaf.shape, strict=True)}
     rows = ("batch", "context") if len(parts.inputs.shape) == 2 else ("batch",)
     counts = (batch, *parts.inputs.shape[1 : len(rows)])
     for word in ("embed", "mlp", "heads", "channels"):
@@ -81,12 +82,12 @@ def arrays(parts: Parts) -> list[Array]:
             over = layout.activation(placement, " ".join(dims), len(dims))
             found.append(Array(f"activations of a microbatch, {word}", dims, (*counts, width[word]), over))
     seen = set()
-    for (path, words), leaf in leaves:
+    for (path, words), leaf, rest in leaves:
         if words not in seen and len(words.removeprefix("layers").split()) > 1:
             seen.add(words)
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             shape = padding.shape(placement, words, leaf.shape)
-            found.append(Array(name, tuple(words.split()), shape, layout.weight(placement, words)))
+            found.append(Array(name, tuple(words.split()), shape, rest.layout(zero.stage, 3)))
     return found
 
 

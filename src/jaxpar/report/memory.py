@@ -10,7 +10,7 @@ from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Problem
 from jaxpar.core.types import State
 from jaxpar.plan import layout, padding
-from jaxpar.plan.layout import Placement
+from jaxpar.plan.layout import Layout, Placement
 from jaxpar.report import account, liveness, machine
 from jaxpar.report.liveness import Peak
 from jaxpar.step.parts import Parts
@@ -20,7 +20,8 @@ from jaxpar.step.program import Program, optimizer_places, traced, updated
 def held(parts: Parts) -> dict[str, int]:
     """Bytes that one device holds during a step, by category; activations come on top. Needs no devices.
 
-    Gradients are as large as parameters; the state is donated, so it is there once.
+    Gradients are as large as parameters, or under ZeRO from stage 2 on as the part that a device owns; the state is
+    donated, so it is there once.
     """
     placement, model = parts.settings.placement, parts.model
 
@@ -30,14 +31,14 @@ def held(parts: Parts) -> dict[str, int]:
         return params, extra, parts.optimizer.init(params), parts.reducer.init(params)
 
     params, extra, opt, comm = jax.eval_shape(born)
-    words = optimizer_places(parts.optimizer, opt, params, model.dims[0], "")
+    own, gradients, moments = (_counts(placement, params, parts.settings.zero.layouts(since)) for since in (3, 2, 1))
+    state = jax.tree.map(lambda words: _count(placement, layout.weight(placement, words)), model.dims[1])
     rows = layout.size(placement.scheme, layout.rows(placement, "batch", "-"))
-    parameters = _bytes(placement, model.dims[0], params)
     return {
-        "parameters": parameters,
-        "gradients": parameters,
-        "optimizer": _bytes(placement, words, opt),
-        "state": _bytes(placement, model.dims[1], extra) + sum(map(_size, jax.tree.leaves(comm))),
+        "parameters": _bytes(own, params),
+        "gradients": _bytes(gradients, params),
+        "optimizer": _bytes(optimizer_places(parts.optimizer, opt, params, moments, 1), opt),
+        "state": _bytes(state, extra) + sum(map(_size, jax.tree.leaves(comm))),
         "batch": sum(_size(a) // rows for a in (parts.inputs, parts.labels)),
     }
 
@@ -132,12 +133,18 @@ def of_compiled(plan: Plan, program: Program, compiled: jax.stages.Compiled) -> 
         yield Problem("memory", plan, rule, legal)
 
 
-def _bytes(placement: Placement, words, tree) -> int:
-    """Of one device's parts of a tree of shapes, whose dims `words` names; a leaf without words is whole."""
-    parts = jax.tree.map(
-        lambda own: layout.size(placement.scheme, layout.axes_of(layout.weight(placement, own))), words
-    )
-    return sum(jax.tree.leaves(jax.tree.map(lambda count, leaf: _size(leaf) // count, parts, tree)))
+def _counts(placement: Placement, like, layouts):
+    """Into how many parts the leaves of a tree are split, from a tree of layouts."""
+    return jax.tree.map(lambda _, lies: _count(placement, lies), like, layouts)
+
+
+def _count(placement: Placement, lies: Layout) -> int:
+    return layout.size(placement.scheme, layout.axes_of(lies))
+
+
+def _bytes(counts, tree) -> int:
+    """Of one device's parts of a tree of shapes, each leaf in so many parts."""
+    return sum(jax.tree.leaves(jax.tree.map(lambda count, leaf: _size(leaf) // count, counts, tree)))
 
 
 def _size(leaf) -> int:
