@@ -11,8 +11,8 @@ from jaxpar.core.scheme import Axes
 from jaxpar.core.types import Context
 from jaxpar.plan import layout, remat
 from jaxpar.plan.layout import Layout
-from jaxpar.plan.product import Settings, conv_of, dot_of, hold_of, local_ids, lookup_of, offset
 from jaxpar.plan.offload import any_hosted, brought
+from jaxpar.plan.product import Settings, conv_of, dot_of, hold_of, local_ids, lookup_of, offset
 from jaxpar.plan.zero import fetched, gathers
 
 

@@ -1,8 +1,8 @@
 """What rests in the memory of the host between uses, and how it is brought to the device.
 
-jax types every array with the memory that it lies in, so nothing here is told what is offloaded: an array of the host is
-seen to be one. A host array takes part in nothing but slices along its first dim and moves, which XLA makes transfers;
-arithmetic on it would be done by the host's cores.
+jax types every array with the memory that it lies in, so nothing here is told what is offloaded: an array of the host
+is seen to be one. It takes part in nothing but slices along its first dim and moves, which XLA makes transfers; the
+host's cores would do arithmetic on it.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxpar.core import compat
 from jaxpar.core.cells import Order
@@ -137,7 +136,7 @@ def resting(shardings: Tree, shapes: Tree) -> Tree:
 
 
 class Hosted(NamedTuple):
-    """A parameter of a stack of blocks that rests on the host, as it goes through a model until `brought` brings it to the device.
+    """A parameter of a stack of blocks that rests on the host, as it goes through a model until it is `brought`.
 
     A gradient has the type of what it is of, so one of `array` would lie on the host as well, and be added up there.
     It is taken by `shadow` instead.
@@ -172,7 +171,7 @@ def entered(dims: Tree, params: Tree) -> Tree:
 
 def brought(tree: Tree) -> Tree:
     """A tree whose `Hosted` parameters are on the device, ready for use."""
-    return jax.tree.map(lambda leaf: returned(*leaf) if _is_hosted(leaf) else leaf, tree, is_leaf=_is_hosted)
+    return jax.tree.map(lambda leaf: _bring(*leaf) if _is_hosted(leaf) else leaf, tree, is_leaf=_is_hosted)
 
 
 def any_hosted(tree: Tree) -> bool:
@@ -194,19 +193,13 @@ def together(trained: Tree, arrays: list) -> Tree:
     return jax.tree.unflatten(structure, [leaf if array is None else Hosted(array, leaf) for leaf, array in pairs])
 
 
-def lent(value):
-    """A copy of an activation on the host, to be `returned`; a single number stays."""
-    return jax.device_put(lax.stop_gradient(value), jax.memory.Space.Host) if value.ndim else value
-
-
 @jax.custom_jvp
-def returned(array, value):
-    """What `array` of the host holds, on the device, with the gradient of `value`, which is not read."""
+def _bring(array, shadow):
     return to_device(array)
 
 
-@returned.defjvp
-def _returned_jvp(primals, tangents):
+@_bring.defjvp
+def _bring_jvp(primals, tangents):
     return to_device(primals[0]), tangents[1]
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core.cells import Order
 from jaxpar.core.plan import Plan
@@ -17,6 +18,7 @@ from jaxpar.core.refuse import Collector, Problem, Refused, near_miss
 from jaxpar.plan import offload, revolve
 from jaxpar.plan.wire import GATHERED
 
+INPUT = "input of a step"  # a name that no layer gives
 NAMES = ("none", "block", "dots", "names", "sqrt", "nested", "binomial", "budget")
 FORMS = {"names": "names:query+key", "nested": "nested:3", "binomial": "binomial:4", "budget": "budget:512MiB"}
 UNITS = {"": 1, "B": 1} | {f"{letter}{kind}": base**power for power, letter in enumerate("KMGT", 1)
@@ -164,16 +166,15 @@ def _on_host(names: tuple[str, ...], body: Callable, carry, xs):
         return scan(None, body, carry, xs)
     saveable = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(names),
+        names_which_can_be_offloaded=[INPUT, *names],
         offload_src="device",
         offload_dst=offload.HOST,
     )
 
-    def step(there, carry, xs):
-        return body(jax.tree.map(offload.returned, there, carry), xs)
+    def step(carry, xs):
+        return body(jax.tree.map(lambda leaf: checkpoint_name(leaf, INPUT) if leaf.ndim else leaf, carry), xs)
 
-    again = jax.checkpoint(step, policy=saveable, prevent_cse=False)
-    return jax.lax.scan(lambda carry, xs: again(jax.tree.map(offload.lent, carry), carry, xs), carry, xs)
+    return jax.lax.scan(jax.checkpoint(step, policy=saveable, prevent_cse=False), carry, xs)
 
 
 def _nested(body: Callable, carry, xs, levels: int):

@@ -141,9 +141,12 @@ def updated(
 
 def traced(parts: Parts):
     """The jaxpr of loss and gradients, traced for the plan's mesh but without its devices."""
-    axes = parts.settings.placement.scheme.axes or {"data": 1}
-    found = _gradients(parts, parts.settings, partial(jax.shard_map, mesh=compat.abstract_mesh(axes)))
+    mesh = compat.abstract_mesh(parts.settings.placement.scheme.axes or {"data": 1})
+    found = _gradients(parts, parts.settings, partial(jax.shard_map, mesh=mesh))
     state = jax.eval_shape(partial(_born, parts), 0)
+    if "parameters" in parts.offload:  # they are typed with the memory that they lie in
+        places = offload.resting(meshes.shardings(mesh, _specs(parts)[0]), state.params)
+        state = state._replace(params=jax.tree.map(_struct, state.params, places))
     closed = jax.make_jaxpr(found)(state.params, state.extra, state.comm, _batch_shapes(parts), state.step)
     return compat.without_dead_code(closed.jaxpr)
 

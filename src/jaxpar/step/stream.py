@@ -21,9 +21,61 @@ from jaxpar.plan.offload import to_device, to_where
 
 # Primitives of which an entry of the result follows from the same entries of the operands.
 ELEMENTWISE = frozenset(
-    "abs add add_any and cbrt ceil clamp convert_element_type copy copy_p cos div eq erf erf_inv erfc exp exp2 expm1 floor "
-    "ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow pvary pcast rem round "
-    "rsqrt select_n sign sin sqrt square stop_gradient sub tan tanh xor".split()
+    [
+        "abs",
+        "add",
+        "add_any",
+        "and",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "cos",
+        "div",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "or",
+        "pow",
+        "pvary",
+        "pcast",
+        "rem",
+        "round",
+        "rsqrt",
+        "select_n",
+        "sign",
+        "sin",
+        "sqrt",
+        "square",
+        "stop_gradient",
+        "sub",
+        "tan",
+        "tanh",
+        "xor",
+    ]
 )
 LINKS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
 
@@ -106,9 +158,6 @@ def _at_once(link: optax.GradientTransformation, gradients, params, state, fine)
 def _by_layer(link: optax.GradientTransformation, words, gradients, params, state, fine) -> tuple[Tree, Tree]:
     """The same for local parts, of which those of one layer are on the device at a time; of what is no stack, all.
 
-    Each update is of the whole tree, as masks and labels of optimizers have its form, but what is not its own turn has
-    no entries.
-
     Args:
         link: an optimizer that is elementwise.
         words: dims of (params, state).
@@ -117,41 +166,48 @@ def _by_layer(link: optax.GradientTransformation, words, gradients, params, stat
     """
     leaves, structure = jax.tree.flatten((params, state))
     named = jax.tree.leaves(words)
-    more = jax.tree.leaves(gradients)
-
-    def updated(pick: Callable, old: list) -> list:
-        """New leaves for those that `pick(words, leaf)` gives."""
-        own = [pick(*pair) for pair in zip(named, old, strict=True)]
-        slopes = [pick(*pair) for pair in zip(named, more, strict=False)]
-        here, there = jax.tree.unflatten(structure, own)
-        updates, now = link.update(jax.tree.unflatten(jax.tree.structure(gradients), slopes), there, here)
-        found = jax.tree.leaves((optax.apply_updates(here, updates), now))
-        return [jnp.where(fine, new, was) for new, was in zip(found, own, strict=True)]
-
-    for layers in sorted({leaf.shape[0] for own, leaf in zip(named, leaves, strict=True) if _is_stacked(own)}):
-        turn = [n for n, leaf in enumerate(leaves) if _is_stacked(named[n]) and leaf.shape[0] == layers]
+    update = partial(_updated, link, gradients, fine)
+    for layers in sorted({leaf.shape[0] for one, leaf in zip(named, leaves, strict=True) if _is_stacked(one)}):
+        turn = [_is_stacked(one) and leaf.shape[0] == layers for one, leaf in zip(named, leaves, strict=True)]
 
         def body(layer, held, layers=layers, turn=turn):
-            def pick(own, leaf):
+            def slice_of(own, leaf):
                 mine = _is_stacked(own) and leaf.shape[0] == layers
                 return to_device(lax.dynamic_slice_in_dim(leaf, layer, 1)) if mine else _nothing(own, leaf)
 
-            old = list(leaves)
-            for place, leaf in zip(turn, held, strict=True):
-                old[place] = leaf
-            new = updated(pick, old)
+            new = jax.tree.leaves(update(named, slice_of, jax.tree.unflatten(structure, held)))
             return [
-                lax.dynamic_update_slice_in_dim(leaf, to_where(new[place], leaf), layer, 0)
-                for place, leaf in zip(turn, held, strict=True)
+                lax.dynamic_update_slice_in_dim(leaf, to_where(now, leaf), layer, 0) if mine else leaf
+                for mine, leaf, now in zip(turn, held, new, strict=True)
             ]
 
-        for place, leaf in zip(turn, lax.fori_loop(0, layers, body, [leaves[n] for n in turn]), strict=True):
-            leaves[place] = leaf
-    rest = updated(lambda own, leaf: _nothing(own, leaf) if _is_stacked(own) else to_device(leaf), leaves)
-    found = [
-        leaf if _is_stacked(own) else to_where(new, leaf) for own, leaf, new in zip(named, leaves, rest, strict=True)
-    ]
-    return jax.tree.unflatten(structure, found)
+        leaves = lax.fori_loop(0, layers, body, leaves)
+
+    def pick(own, leaf):
+        return _nothing(own, leaf) if _is_stacked(own) else to_device(leaf)
+
+    rest = jax.tree.leaves(update(named, pick, jax.tree.unflatten(structure, leaves)))
+    found = list(zip(named, leaves, rest, strict=True))
+    return jax.tree.unflatten(
+        structure, [leaf if _is_stacked(one) else to_where(new, leaf) for one, leaf, new in found]
+    )
+
+
+def _updated(link: optax.GradientTransformation, gradients, fine, named: list[str], pick: Callable, old: tuple):
+    """New (params, state) for the parts of leaves that `pick(words, leaf)` gives.
+
+    They are in a tree like the whole, since masks and labels of optimizers have its form; what is not wanted has no
+    entries in it.
+
+    Args:
+        named: dims of each leaf of `old`.
+        old: all of (params, state).
+    """
+    leaves, structure = jax.tree.flatten(old)
+    slopes, form = jax.tree.flatten(gradients)
+    params, state = jax.tree.unflatten(structure, list(map(pick, named, leaves)))
+    moves, now = link.update(jax.tree.unflatten(form, list(map(pick, named, slopes))), state, params)
+    return jax.tree.map(partial(jnp.where, fine), (optax.apply_updates(params, moves), now), (params, state))
 
 
 def _is_stacked(words: str) -> bool:
