@@ -216,6 +216,7 @@ def test_an_update_from_the_host_is_the_update(name, fine):
     [
         ("offload=optimiser", "no `optimiser` to offload.*did you mean `optimizer`"),
         ("offload=optimizer+optimizer", r"names something twice. Legal: optimizer\."),
+        ("offload=host", "there is no `host` to offload.*Legal: activations, none, optimizer, parameters"),
         ("offload=none+optimizer", "no `none` to offload"),
         ("offload=parameters,unroll=true", "plan.unroll = true.*outside of a scan"),
         ("offload=parameters,regather=false", "plan.regather = false.*not kept for the backward pass"),

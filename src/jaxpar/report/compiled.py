@@ -10,7 +10,7 @@ import jax
 from jaxpar.core.cost import Cost
 from jaxpar.core.refuse import Problem, Refused
 from jaxpar.plan import mesh as meshes
-from jaxpar.report import bill, estimate, flops, hlo, hlo_flops, topology
+from jaxpar.report import bill, estimate, flops, hlo, hlo_flops, hostlink, topology
 from jaxpar.report.estimate import Played, Rates, Reader
 from jaxpar.report.hlo import How
 from jaxpar.report.hlo_text import parse
@@ -44,9 +44,10 @@ class Compiled(NamedTuple):
         model_flops: a device's part of the model's own.
         arguments, outputs, aliased, temporary, code: bytes, of XLA's `memory_analysis`; `aliased` are arguments that
             outputs are written over.
+        host: bytes that rest on the host, or are there for a while; none of the device's.
         peak: bytes, as XLA states it; on a TPU the memory beside the core counts as well. None if it does not.
         room: bytes that a device has.
-        state: bytes of the state from shapes alone, all of which should be `aliased`.
+        state: bytes of the state on the device, from shapes alone, all of which should be `aliased`.
         started: bytes that are sent while the device may go on.
         beside: bytes sent while it does: with products or cycles between start and end.
         sending: seconds that links are busy, one collective after the other; None if nobody says how fast they are.
@@ -69,6 +70,7 @@ class Compiled(NamedTuple):
     aliased: int
     temporary: int
     code: int
+    host: int
     peak: int | None
     room: float | None
     state: int
@@ -156,9 +158,10 @@ def read(
         aliased=stats.alias_size_in_bytes,
         temporary=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
+        host=hostlink.stated(stats),
         peak=getattr(stats, "peak_memory_in_bytes", None),
         room=where.memory if where else None,
-        state=sum(_size(leaf) for leaf in jax.tree.leaves(made.shapes)),
+        state=sum(_size(leaf) for leaf in jax.tree.leaves(made.shapes)) - stats.host_alias_size_in_bytes,
         started=played.started,
         beside=played.beside,
         sending=played.sending if where else None,
@@ -216,7 +219,7 @@ def rates_of(axes: dict[str, int], where: Topology) -> Rates:
 def as_json(found: Compiled) -> dict[str, Any]:
     """The same as plain values: bytes by mesh axes and by collective, and figures that belong together in one dict."""
     played, names = found.played, ("seconds", "compute", "kernels", "exposed", "fetching", "idle")
-    memory = ("arguments", "outputs", "aliased", "temporary", "code", "held", "peak", "room", "state")
+    memory = ("arguments", "outputs", "aliased", "temporary", "code", "host", "held", "peak", "room", "state")
     return {
         "target": found.target,
         "devices": found.devices,
