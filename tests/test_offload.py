@@ -285,11 +285,40 @@ def test_what_goes_over_the_link_is_on_the_bill():
 LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
 
+AHEAD = Model("gpt", layers=16, width=128, heads=4, hidden=512, context=64)
+EXAMPLES = 256  # so that what 16 blocks are given is more than anything else in a step
+
+
 @functools.cache
-def stated(plan: str):
-    """XLA's statistics of a step for eight TPUs that are not there."""
-    model = Model("gpt", layers=8, width=256, heads=4, hidden=1024, context=256)
-    recipe = Recipe(model=model, plan=Plan.parse(plan), batch=16, steps=50, warmup=5)
-    tokens = jax.ShapeDtypeStruct((16, 256), jnp.int32)
+def stated(chosen: str):
+    """Shapes of the state, and XLA's statistics of a step, for eight TPUs that are not there."""
+    plan = Plan.parse(f"data=8,remat=block,offload={chosen}")
+    recipe = Recipe(model=AHEAD, plan=plan, batch=EXAMPLES, steps=50, warmup=5)
+    tokens = jax.ShapeDtypeStruct((EXAMPLES, AHEAD.context), jnp.int32)
     made = program(assemble(recipe, tokens, tokens, CLASSES), topology.devices(topology.parse("v5e:2x4")))
     return made.shapes, made.step.lower(made.shapes, made.batch).compile().memory_analysis()
+
+
+@LIBTPU
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", ["optimizer", "parameters", "parameters+optimizer"])
+def test_on_a_tpu_state_on_the_host_leaves_the_device(chosen):
+    (shapes, before), (_, after) = stated("none"), stated(chosen)
+    trees = {"parameters": shapes.params, "optimizer": shapes.opt}
+    resting = sum(bytes_of(tree) for kind, tree in trees.items() if kind in chosen)
+    saved = before.argument_size_in_bytes - after.argument_size_in_bytes
+    assert saved == pytest.approx(resting, rel=0.02)  # there it is padded to whole tiles
+    assert after.host_argument_size_in_bytes == after.host_alias_size_in_bytes == pytest.approx(resting, rel=0.02)
+    assert after.host_temp_size_in_bytes == 0
+    layer = resting / AHEAD.layers
+    assert after.temp_size_in_bytes < before.temp_size_in_bytes + 4 * layer, "it must not all be there at once"
+
+
+@LIBTPU
+@pytest.mark.slow
+def test_on_a_tpu_activations_on_the_host_leave_the_device():
+    (_, before), (_, after) = stated("none"), stated("activations")
+    inputs = AHEAD.layers * EXAMPLES // 8 * AHEAD.context * AHEAD.width * 4
+    assert before.temp_size_in_bytes - after.temp_size_in_bytes > 0.6 * inputs
+    assert after.host_temp_size_in_bytes == pytest.approx(inputs, rel=0.05)
+    assert after.argument_size_in_bytes == before.argument_size_in_bytes
