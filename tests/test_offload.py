@@ -20,7 +20,7 @@ from jaxpar.core.types import State
 from jaxpar.optimizers.adamw import adamw
 from jaxpar.optimizers.sgd import sgd
 from jaxpar.plan import offload
-from jaxpar.report import hostlink, memory, topology
+from jaxpar.report import forecast, hostlink, memory, topology
 from jaxpar.step.parts import assemble
 from jaxpar.step.program import optimizer_places, program
 from jaxpar.step.stream import descent, is_elementwise
@@ -278,6 +278,20 @@ def test_what_goes_over_the_link_is_on_the_bill():
     assert hostlink.nvme_seconds(found, 1e9) == 2 * resting / 1e9
     nothing, _ = built(recipe_of(MODELS["gpt"], "data=2"))
     assert hostlink.moved(nothing, 0) == (0, 0, 0)
+
+
+def test_a_forecast_tells_of_the_link_and_of_disks():
+    recipe = recipe_of(MODELS["mlp"], "offload=optimizer")
+    parts, _ = built(recipe)
+    resting = memory.held(parts)["host"]
+    found = forecast.forecast(recipe.plan, parts, topology.parse("v5e:1x1"))
+    assert found["host"]["seconds"] == resting / 16e9 and found["memory"]["predicted"]["host"] == resting
+    said = forecast.text(found)
+    assert f"link to the host  {resting:,} bytes to the device, {resting:,} back" in said
+    assert "arithmetic alone, no plan uses disks" in said and "bytes on the host" in said
+    assert "nobody states how fast" in forecast.text(forecast.forecast(recipe.plan, parts))
+    plain = recipe_of(MODELS["mlp"], "data=1")
+    assert forecast.forecast(plain.plan, built(plain)[0])["host"] is None
 
 
 # ------------------------------------------------------------------------------------------------------ ahead of time
