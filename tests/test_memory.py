@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from harness import SMALL, batch_of, recipe_of, variant
 
-from jaxpar.report import account, liveness, memory
+from jaxpar.plan import revolve
+from jaxpar.report import account, flops, liveness, memory
 from jaxpar.report.kernels import empty, flatten, value
 from jaxpar.step.parts import Parts, assemble
 from jaxpar.step.program import program, traced
@@ -104,6 +105,61 @@ WORSE = [
 @pytest.mark.parametrize(("model", "plan", "tolerance"), WORSE)
 def test_where_the_memory_of_a_step_is_predicted_worse_it_is_known_how_much(monkeypatch, model, plan, tolerance):
     check(parts_of(monkeypatch, model, plan), tolerance)
+
+
+# --------------------------------------------------------------------------------------------------- rematerialization
+
+DEEP, ROWS, WIDTH = 64, 4096, 64  # blocks of an MLP, examples, features; 256 in between
+AGAIN = (revolve.advances(DEEP, 4) - (DEEP - 1)) / DEEP
+POLICIES = {  # forward passes of a step, and what is kept of activations, in arrays of as many features: x 1, others 4
+    "none": (
+        3,
+        DEEP * (1 + 4 + 1),
+    ),  # the up projection, and a byte for each of its numbers that says whether it is positive
+    "block": (3.5, DEEP),  # no gradient asks for the down projection
+    "dots": (3, DEEP * (1 + 4)),
+    "names:up": (3, DEEP * (1 + 4)),
+    "sqrt": (4.5, 8 + 8),
+    "nested:3": (5.5, 4 + 4 + 4),
+    "binomial:4": (3.5 + AGAIN, 4 + 1),
+    f"budget:{100 * ROWS * WIDTH * 4}": (3 + 0.5 * (DEEP - 9) / DEEP, DEEP + 9 * 4),
+}
+
+
+@pytest.mark.parametrize(
+    "policy", [pytest.param(one, marks=() if one in ("block", "binomial:4") else pytest.mark.slow) for one in POLICIES]
+)
+def test_what_is_kept_and_computed_again_of_64_blocks(policy):
+    """Flops as the formula says, memory within 5 % of the compiled step's, and what is kept by theory within it."""
+    model = variant(SMALL["mlp"], layers=DEEP, width=WIDTH, hidden=4 * WIDTH)
+    recipe = recipe_of(model, f"data=1,remat={policy}", batch=ROWS)
+    parts = assemble(recipe, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in batch_of(recipe)), 10)
+    passes, arrays = POLICIES[policy]
+    around = 2 * ROWS * WIDTH * (2 * 16 + 3 * 10)  # the first layer, of whose input there is no gradient, and the last
+    assert flops.executed(parts) == passes * DEEP * 2 * 2 * ROWS * WIDTH * 4 * WIDTH + around
+    found, given, total = compare(parts)
+    assert found["total"] == pytest.approx(total, rel=0.05)
+    unit = ROWS * WIDTH * 4
+    working = 4 + 4 * 4  # of one block forward and back, and around the blocks
+    parameters = found["parameters"] / unit
+    assert arrays <= (total - given) / unit <= arrays + working + 3 * parameters
+
+
+DEEPER = [
+    ("deep", "tensor=fsdp:2,remat=names:query+key+value+up"),
+    ("deep", "tensor=fsdp:2,remat=binomial:3"),
+    ("deep", "tensor=fsdp:2,remat=nested:3"),
+    ("deep", "tensor=fsdp:2,remat=budget:12MB"),
+    ("deep", "data=2,tensor=one_d:2,microbatches=2,remat=block"),
+    ("deep", "data=2,tensor=one_d:2,microbatches=2,remat=sqrt"),
+    ("deep", "pipe=2,microbatches=4,remat=block"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "plan"), DEEPER)
+def test_the_memory_of_a_step_that_computes_again_is_predicted_within_5_percent(monkeypatch, model, plan):
+    check(parts_of(monkeypatch, model, plan), 0.05)
 
 
 # ------------------------------------------------------------------------------------------------ hand-made programs

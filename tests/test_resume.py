@@ -42,7 +42,15 @@ PIPED = replace(
     model=Model("mlp", layers=4, width=16, dropout=0.1),
     plan=Plan.parse("data=2,pipe=4,microbatches=4,schedule=one_f_one_b"),
 )
-CHAIN = ["tensor=two_half_d:2x2x2", "tensor=three_d:1x4x1", "tensor=one_d:2", "data=1", "tensor=fsdp:8"]
+CHAIN = [
+    "tensor=two_half_d:2x2x2",
+    "tensor=three_d:1x4x1",
+    "data=8,zero=3",
+    "data=2,tensor=one_d:2,zero=1",
+    "data=1",
+    "tensor=fsdp:8",
+    "data=4,zero=2,zero_group=2",
+]
 
 
 def assert_same_bits(got, want):

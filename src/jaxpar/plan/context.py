@@ -116,7 +116,7 @@ def _loop(settings: Settings):
     def loop(body, carry, xs):
         axes = {axis for leaf in jax.tree.leaves(xs) for axis in compat.varying_axes(leaf)}
         carry = jax.tree.map(lambda leaf: compat.vary(leaf, sorted(axes)), carry)
-        if settings.train and settings.remat.kind != "none":
+        if settings.train and settings.remat.kind not in ("none", "budget"):  # a budget is one for whole blocks
             return remat.chain(settings.remat, body, carry, xs, regather=False)
         return settings.wire.scan(body, carry, xs)
 

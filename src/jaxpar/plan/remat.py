@@ -4,6 +4,7 @@ A stack, or a loop, is a chain of equal steps. What is kept of each step is a po
 many of their states are stored, is how the chain is played.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpar.core.cells import Order
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Collector, Problem, Refused, near_miss
-from jaxpar.plan import offload, revolve
+from jaxpar.plan import budget, offload, revolve
 from jaxpar.plan.wire import GATHERED
 
 INPUT = "input of a step"  # a name that no layer gives
@@ -137,6 +138,8 @@ def chain(how: Remat, body: Callable, carry, xs, *, regather: bool):
         body, carry, xs: as of `jax.lax.scan`.
         regather: whether what the body gathers is gathered again where all else is kept.
     """
+    if how.kind == "budget":
+        return _within(how.count, body, carry, xs)
     if how.kind == "binomial":
         return revolve.chain(body, carry, xs, how.count)
     if how.kind == "nested":
@@ -197,6 +200,61 @@ def _nested(body: Callable, carry, xs, levels: int):
         carry, more = _nested(body, carry, jax.tree.map(lambda leaf: leaf[whole:], xs), levels - 1)
         ys = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), ys, more)
     return carry, ys
+
+
+def _within(limit: int, body: Callable, carry, xs):
+    """A scan for each run of blocks that keep alike, all of them together at most `limit` bytes on this device."""
+    first, ends = 0, []
+    for what, blocks in _runs(limit, body, carry, xs):
+        own = jax.tree.map(lambda leaf, start=first, end=first + blocks: leaf[start:end], xs)
+        carry, ys = scan(_policy(what), body, carry, own)
+        first += blocks
+        ends.append(ys)
+    return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *ends)
+
+
+def _runs(limit: int, body: Callable, carry, xs) -> list[tuple[tuple[str, ...] | str, int]]:
+    """What is kept (`budget.Choice.what`), and of how many blocks in a row.
+
+    What is chosen is measured before it is relied upon, and chosen again if it keeps more than its trace promised.
+    """
+    count, one = _length(xs), jax.tree.map(lambda leaf: leaf[0], xs)
+    known = _known(f"{limit} {count} {jax.make_jaxpr(body)(carry, one)}")
+    if known:
+        return known
+    choices = budget.choices_of(body, carry, one, EVERYTHING if count == 1 else {"dots": dots} | EVERYTHING)
+    if count == 1:  # as of `scan`
+        choices = [choice._replace(what="everything") for choice in choices[-1:]]
+    measured = {}
+    while True:
+        if count * choices[0].bytes > limit:
+            raise budget.refused(limit, count, count * choices[0].bytes)
+        chosen = budget.choose([[(choice.bytes, choice.work) for choice in choices]] * count, limit)
+        whole = [number for number, choice in enumerate(choices) if choice.what == "everything"]
+        runs = budget.runs(chosen, whole[0] if whole else -1)
+        new = {choices[number].what for number, _ in runs} - measured.keys()
+        if not new:
+            known.extend((choices[number].what, blocks) for number, blocks in runs)
+            return known
+        for what in new:
+            step = jax.checkpoint(body, policy=_policy(what), prevent_cse=False)
+            measured[what] = budget.kept_bytes(step, carry, one)
+        choices = [choice._replace(bytes=measured.get(choice.what, choice.bytes)) for choice in choices]
+        choices.sort(key=lambda choice: choice.bytes)
+
+
+@functools.lru_cache
+def _known(text: str) -> list:
+    """What was found for a chain of which this text tells all: it is traced many times while a run is made."""
+    return []
+
+
+EVERYTHING = {"everything": ungathered}
+
+
+def _policy(what: tuple[str, ...] | str) -> Saveable:
+    """The policy of a `budget.Choice`."""
+    return ({"dots": dots} | EVERYTHING)[what] if isinstance(what, str) else named(what)
 
 
 def segment(count: int, levels: int) -> int:

@@ -236,6 +236,8 @@ def summed(settings, gradients: Tree) -> Tree:
         gradients: like parameters, `owned`, as this device found them.
     """
     zero, wire, copies = settings.zero, settings.wire, layout.replicas(settings.placement)
+    if zero.rests is None:
+        return jax.tree.map(lambda leaf: wire.total(leaf, copies, "gradients"), gradients)
 
     def one(rest: Rest, leaf):
         found = leaf.part if isinstance(leaf, Resting) else _scattered(wire, rest, leaf)

@@ -12,7 +12,7 @@ from jaxpar.core.types import Layer
 from jaxpar.core.walk import jaxprs
 from jaxpar.plan.layout import SINGLE
 from jaxpar.plan.product import Settings
-from jaxpar.plan.remat import NONE
+from jaxpar.plan.remat import Remat
 from jaxpar.step.objective import nats
 
 MOST, MOST_LAYERS = 2**31 - 1, 10_000  # whole numbers on devices have 32 bits; a model is built layer by layer
@@ -84,7 +84,7 @@ def unknown_activations(recipe: Recipe, model: Layer, settings: Settings, batch)
     """A problem for each activation that `plan.remat` names and no layer of the model has."""
     if settings.remat.kind != "names":
         return []
-    known = sorted(_names(jax.make_jaxpr(_alone(model, settings._replace(remat=NONE), batch))().jaxpr))
+    known = sorted(_names(jax.make_jaxpr(_alone(model, settings, batch))().jaxpr))
     rule = f"no layer of the model {recipe.model.name} calls an activation `{{}}`."
     missing = [name for name in settings.remat.names if name not in known]
     return [Problem("plan.remat", recipe.plan.remat, rule.format(name), near_miss(name, known)) for name in missing]
@@ -99,7 +99,7 @@ def _names(jaxpr) -> set[str]:
 
 def _alone(model: Layer, settings: Settings, batch):
     """The loss on one device, of zeros; they and keys are made within, or would make jax's devices, perhaps too few."""
-    one = settings._replace(placement=SINGLE)
+    one = settings._replace(placement=SINGLE, remat=Remat())
 
     def alone():
         here = one._replace(key=jax.random.key(0))

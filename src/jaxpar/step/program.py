@@ -60,7 +60,12 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
     Args:
         parts: of the run.
         devices: as many as the plan takes; they may be only described, to lower and compile for. None: those here.
+
+    Raises:
+        Refused: for a budget of bytes (`plan.remat`) that no step keeps within.
     """
+    if parts.settings.remat.kind == "budget":
+        traced(parts)
     placement, model = parts.settings.placement, parts.model
     mesh = meshes.mesh_of(placement.scheme.axes, devices)
     settings, spread = partition(parts.partition, parts.settings, mesh)
