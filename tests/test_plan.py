@@ -205,7 +205,7 @@ def test_a_vocabulary_smaller_than_the_data_is_refused(no_devices):
     assert not problems_of(gpt(vocab=257))
 
 
-@pytest.mark.parametrize("field, value", [("offload", "host"), ("ring", True)])
+@pytest.mark.parametrize("field, value", [("ring", True)])
 def test_what_has_not_landed_is_refused_by_name(field, value, no_devices):
     recipe = replace(gpt(), plan=Plan(**{field: value}))
     (problem,) = problems_of(recipe)

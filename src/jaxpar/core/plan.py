@@ -29,7 +29,7 @@ class Plan:
             ZeRO stage 3 gather parameters for every block, forward and back, rather than once per step.
         ring: overlap gathers with products, piece by piece.
         unroll: blocks unrolled (`true`), in one scan (`false`), or as is faster (`auto`).
-        offload: what rests in host memory.
+        offload: what rests in the memory of the host: any of `parameters+optimizer+activations`, or `none`.
         precision: a member of policies/.
         partition: `manual` (every collective derived here) or `auto` (left to XLA).
         reducer: a member of reducers/: how gradients are summed over data.

@@ -10,7 +10,7 @@ from jaxpar.core import family
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Problem, near_miss
 from jaxpar.core.scheme import Scheme
-from jaxpar.plan import layout, remat
+from jaxpar.plan import layout, offload, remat
 from jaxpar.plan.layout import Placement
 
 FIELD = {"embed": "model.width", "heads": "model.width", "mlp": "model.hidden", "channels": "model.hidden"}
@@ -27,6 +27,7 @@ LANDED = (
     "zero_group",
     "regather",
     "unroll",
+    "offload",
     "precision",
     "partition",
     "reducer",
@@ -52,6 +53,7 @@ def of_plan(plan: Plan) -> Iterator[Problem]:
             yield Problem(name, value, f"must be at least {least}.", str(least))
     yield from _of_auto(plan)
     yield from remat.of_plan(plan)
+    yield from offload.of_plan(plan)
     yield from _of_zero(plan)
     for field, folder in (("precision", "policies"), ("reducer", "reducers")):
         name = getattr(plan, field)

@@ -78,9 +78,11 @@ def need_of(plan: Plan, parts: Parts, remake: Remake, mesh: Mesh) -> Need:
 def problems(need: Need, tell: Callable[[str], None] = _nobody) -> Iterator[Problem]:
     """One problem if even without activations a step does not fit."""
     held = memory.held(need.parts)
-    total = sum(held.values())
+    total = memory.on_device(held)
     if need.room is not None and total > need.room:
-        large = ", ".join(f"{name} {_said(size)}" for name, size in held.items() if size > total / 1000)
+        large = ", ".join(
+            f"{name} {_said(size)}" for name, size in held.items() if size > total / 1000 and name != memory.HOST
+        )
         says = f"each device would hold {_said(total)} ({large}) besides activations, "
         yield message(need, f"{says}and has {_said(need.room)}.", tell)
 
@@ -218,7 +220,7 @@ def _bytes(need: Need, parts: Parts, trace) -> dict[str, int]:
     if trace is not None:
         return memory.predicted(parts, trace, need.backend)
     held = memory.held(parts)
-    return held | {"total": sum(held.values())}
+    return held | {"total": memory.on_device(held)}
 
 
 def _seconds(need: Need, parts: Parts, trace) -> float:
