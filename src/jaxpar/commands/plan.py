@@ -10,6 +10,7 @@ python -m jaxpar plan runs/digits/recipe.json --json --predict
 python -m jaxpar plan experiments.lm --plan pipe=4,schedule=zero_bubble_h1,microbatches=8 --picture timetable.png
 """
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -106,6 +107,10 @@ def plan(argv: Sequence[str]) -> None:
         say(f"\ncompiling for {where.word if where else str(found['devices']) + ' simulated devices'} ...\n")
         found = _with_compiled(found, parts, where)
         say(forecast.text(found))
+    if found["fits"] is False:
+        helps = _remedies(asked, found, parts, where)
+        more |= {"remedies": helps[0]}
+        say(helps[1])
     if shown.json:
         print(json.dumps(found | more))
 
@@ -136,6 +141,20 @@ def _with_compiled(found: dict, parts, where) -> dict:
     lowered, began = made.step.lower(made.shapes, made.batch), time.perf_counter()
     step = lowered.compile()
     return forecast.with_compiled(found, compiled.read(parts, made, step, time.perf_counter() - began))
+
+
+def _remedies(asked: Asked, found: dict, parts, where) -> tuple[list[dict], str]:
+    """What would make the plan fit the topology: as plain values, and as words."""
+    from jaxpar.report import remedies
+    from jaxpar.step.parts import sketch
+
+    def remake(plan):
+        return sketch(dataclasses.replace(asked.recipe, plan=plan), asked.run.data_dir)
+
+    plan, room = asked.recipe.plan, found["room"]
+    need = remedies.Need(plan, parts, remake, room, where.platform, where.chip)
+    helps, problem = remedies.answer(need, "it does not fit.", functools.partial(print, file=sys.stderr, flush=True))
+    return [one._asdict() for one in helps], str(problem)
 
 
 def _ceilings(found: dict, parts, where, trace, shown: Shown) -> dict:

@@ -20,11 +20,11 @@ class Problem(NamedTuple):
 class Refused(ValueError):
     """Input that a user can mend; `problems` holds every violation that was found, not only the first."""
 
-    def __init__(self, problems: Iterable[Problem]):
+    def __init__(self, problems: Iterable[Problem], done: str = "nothing was started"):
         self.problems = tuple(problems)
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
-        super().__init__("\n".join([f"{head}, nothing was started:", *(f"  - {problem}" for problem in self.problems)]))
+        super().__init__("\n".join([f"{head}, {done}:", *(f"  - {problem}" for problem in self.problems)]))
 
 
 def refuse(problems: Iterable[Problem]) -> None:

@@ -10,7 +10,7 @@ from jaxpar.core import family
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Problem, near_miss
 from jaxpar.core.scheme import Scheme
-from jaxpar.plan import layout, offload, remat, zero
+from jaxpar.plan import layout, offload, remat
 from jaxpar.plan.layout import Placement
 
 FIELD = {"embed": "model.width", "heads": "model.width", "mlp": "model.hidden", "channels": "model.hidden"}
@@ -25,7 +25,6 @@ LANDED = (
     "remat",
     "zero",
     "zero_group",
-    "zero_gather",
     "regather",
     "unroll",
     "offload",
@@ -35,7 +34,6 @@ LANDED = (
 )
 CHOICES = {
     "storage": ("recompute", "residual"),
-    "zero_gather": zero.GATHERS,
     "unroll": ("auto", "true", "false"),
     "partition": ("manual", "auto"),
 }
@@ -70,7 +68,6 @@ def _of_auto(plan: Plan) -> Iterator[Problem]:
     left = {
         "regather": "XLA decides what is gathered again",
         "reducer": "gradients arrive summed over data",
-        "zero_gather": "XLA decides when parameters are gathered",
         "pipe": "there is no axis for it: jaxpar plays its timetables inside `jax.shard_map`",
     }
     for field, why in left.items() if plan.partition == "auto" else ():
@@ -84,9 +81,6 @@ def _of_zero(plan: Plan) -> Iterator[Problem]:
     """The fields of ZeRO, as far as they can be judged without the scheme."""
     if plan.zero > 3:
         yield Problem("plan.zero", plan.zero, "is not a stage.", "0, 1, 2 or 3")
-    if plan.zero_gather != Plan.zero_gather and plan.zero != 3:
-        rule = f"says when stage 3 gathers parameters, and plan.zero = {plan.zero}."
-        yield Problem("plan.zero_gather", plan.zero_gather, rule, "zero_gather=block; or zero=3")
     if plan.zero_group > 0 and not plan.zero:
         rule = "says how many devices share out one copy, and plan.zero = 0."
         yield Problem("plan.zero_group", plan.zero_group, rule, "zero_group=0; or zero=1, 2 or 3")

@@ -10,6 +10,7 @@ from jaxpar.core.cost import Cost
 from jaxpar.core.makespan import Times, makespan
 from jaxpar.core.plan import Plan
 from jaxpar.report import account, bill, compiled, flops, hostlink, memory
+from jaxpar.report.backends import RULES
 from jaxpar.report.columns import aligned
 from jaxpar.report.compiled import Compiled
 from jaxpar.report.topology import Topology
@@ -18,8 +19,9 @@ from jaxpar.step.program import traced
 
 TIMES = Times()  # forward : gradient of inputs : gradient of weights, each as long as the others
 
+OFF = 0.05  # by how much the predicted total may be wrong
 CERTAIN = ("parameters", "gradients", "optimizer", "state", "batch")  # of what is held, under any compiler
-FOLLOWED = "activations, transients and the total that are predicted are those of XLA's CPU compiler: others fuse more"
+FOLLOWED = "activations, transients and the total that are predicted are those of XLA's CPU compiler: GPUs' fuses more"
 
 
 def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
             collectives, without activations.
         host: None if nothing is offloaded; else what goes over the link to the host, see `hostlink.as_json`; `seconds`
             where `where` has chips whose maker states how fast it is.
-        fits: False if even without activations a device of `where` has too little memory; else None until compiled.
+        fits: False if a device of `where` has too little memory for what is certain; else None until compiled.
         compiled: see `with_compiled`.
         warnings: sentences.
 
@@ -57,7 +59,7 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
     axes = parts.settings.placement.scheme.axes or {"data": 1}  # as `mesh_of`
     count, manual = math.prod(axes.values()), parts.partition == "manual"
     trace = trace or (traced(parts) if manual else None)
-    held = memory.predicted(parts, trace) if manual else memory.held(parts)
+    held = memory.predicted(parts, trace, where.platform if where else "cpu") if manual else memory.held(parts)
     held = {"total": None} | held
     pipeline = _pipeline(plan, parts)
     return {
@@ -77,10 +79,16 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
         "comm": {"predicted": bill.by_axis(account.predicted(parts, trace)) if manual else None, "compiled": None},
         "memory": {"predicted": held, "compiled": None},
         "host": _over_the_link(parts, held, where, trace) if parts.offload else None,
-        "fits": False if where and sum(held[name] for name in CERTAIN if name in held) > where.memory else None,
+        "fits": False if where and _least(held, where) > where.memory else None,
         "compiled": None,
-        "warnings": [*_warnings(plan, parts), *([FOLLOWED] if where and manual else [])],
+        "warnings": _warnings(plan, parts, where),
     }
+
+
+def _least(held: dict[str, Any], where: Topology) -> float:
+    """Bytes that a device must have at least: where the compiler is followed, the total less what that may be off."""
+    certain = sum(held[name] for name in CERTAIN if name in held)
+    return max(certain, (held["total"] or 0) * (1 - OFF)) if where.platform in RULES else certain
 
 
 def _over_the_link(parts: Parts, held: dict, where: Topology | None, trace) -> dict[str, Any]:
@@ -97,7 +105,7 @@ def with_compiled(found: dict[str, Any], made: Compiled) -> dict[str, Any]:
     started, beside: bytes that are sent while the device may go on, and while it does.
     """
     sent = bill.by_axis(Cost(made.sent))
-    held = {name: getattr(made, name) for name in ("arguments", "outputs", "aliased", "temporary", "code")}
+    held = {name: getattr(made, name) for name in ("arguments", "outputs", "aliased", "temporary", "lost", "code")}
     held |= {memory.HOST: made.host} if made.host else {}
     causes = ("seconds", "compute", "kernels", "exposed", "fetching", "idle")
     played = made.played and {name: getattr(made.played, name) for name in causes} | {"mfu": made.mfu}
@@ -161,7 +169,7 @@ def _blocks(parts: Parts) -> list[int]:
     return [sum(piece.count for piece in stage) for stage in parts.pipeline.division.stages]
 
 
-def _warnings(plan: Plan, parts: Parts) -> list[str]:
+def _warnings(plan: Plan, parts: Parts, where: Topology | None) -> list[str]:
     found, blocks = [], _blocks(parts)
     if plan.microbatches < plan.pipe:
         found.append(f"{plan.microbatches} microbatches never keep {plan.pipe} devices of a pipeline busy at once")
@@ -169,6 +177,8 @@ def _warnings(plan: Plan, parts: Parts) -> list[str]:
         found.append(f"stages have {', '.join(map(str, blocks))} blocks: all wait for the largest")
     if parts.partition == "auto":
         found.append("partition=auto: XLA decides the collectives, so what is sent is known only once compiled")
+    elif where and where.platform not in RULES:
+        found.append(FOLLOWED)
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxpar.core.walk import jaxprs
+from jaxpar.report.backends import CPU, Rules
 
 VIEWS = {  # the result is the operand, under another shape or type
     *("reshape", "squeeze", "expand_dims", "pcast", "pvary", "copy", "copy_p", "stop_gradient", "name"),
@@ -28,12 +29,17 @@ COSTLY = {  # computed once if more than one kernel reads the result
     *("exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "erf", "erf_inv", "rsqrt", "sqrt", "cbrt", "div"),
     *("pow", "rem", "sin", "cos", "tan", "atan2"),
 }
-ELEMENTWISE = CHEAP | COSTLY | {"erfc"}
-FILLED = {"broadcast_in_dim", "iota", "full", "empty"}
+ONE_HOT = "one_hot"  # our name for a scatter of one number into each row of zeros
+ELEMENTWISE = CHEAP | COSTLY | {"erfc", ONE_HOT}
+FILLED = {"broadcast_in_dim", "iota", "full", "empty", ONE_HOT}
 REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin"}
 STACKED = "stacked"  # our name for writing a result of one trip of a loop among those of the others
 
 FUSING = ELEMENTWISE | REDUCTIONS | {STACKED}
+PRODUCTS = {"dot_general", "conv_general_dilated"}
+POWERS = {"exp", "exp2"}
+POLYNOMIALS = {"erf", "erfc", "erf_inv"}
+JOINED = PRODUCTS | {"scatter-add"}  # may end in the kernel of what reads them
 
 
 class Op(NamedTuple):
@@ -54,31 +60,19 @@ class Graph(NamedTuple):
         sizes: bytes of each value.
         counts: numbers in each value.
         known: what an operation made, by all that it depends on: what is asked for twice is made once.
+        rules: of the compiler.
     """
 
     ops: list[Op]
     sizes: list[int]
     counts: list[int]
     known: dict[tuple, tuple[int, ...]]
+    rules: Rules
 
 
-class Kernels(NamedTuple):
-    """What remains of a graph.
-
-    Attributes:
-        numbers: the operations that end a kernel, in order.
-        reads: the values in memory that each kernel reads.
-        made: the operation that made each value.
-    """
-
-    numbers: list[int]
-    reads: dict[int, list[int]]
-    made: dict[int, int]
-
-
-def empty() -> Graph:
+def empty(rules: Rules = CPU) -> Graph:
     """A graph without operations."""
-    return Graph([], [], [], {})
+    return Graph([], [], [], {}, rules)
 
 
 def value(graph: Graph, aval) -> int:
@@ -154,17 +148,21 @@ def _lowered(graph: Graph, name: str, reads: list, equation, backward: bool) -> 
             else add(graph, "broadcast_in_dim", (read,), equation, backward, (out,), str(out.shape))[0]
             for read in reads
         ]
-    if name == "dot_general":
+    if name == "scatter-add" and graph.rules.again and equation.params["dimension_numbers"].operand_batching_dims:
+        name = ONE_HOT
+    if name == "dot_general" and not graph.rules.products:
         reads = [_in_order(graph, read, side, equation, backward) for side, read in enumerate(reads)]
     own = tuple(read for read in reads if read is not None)
-    if _across(equation):  # parts are joined and shared out along the outermost dim: copied into that order and back
+    if (
+        _across(equation) and not graph.rules.products
+    ):  # parts are joined and shared out along the outermost dim: copied into that order and back
         own = tuple(
             add(graph, "transpose", (read,), equation, backward, (var.aval,), "in")[0]
             for read, var in zip(own, equation.invars, strict=True)
         )
         (made,) = add(graph, name, own, equation, backward, None, str(equation.params))
         return add(graph, "transpose", (made,), equation, backward, (out,), "out")
-    if name == "erfc":  # two quotients and an exponential, each read twice by a polynomial
+    if name == "erfc" and not graph.rules.again:  # two quotients and an exponential, each read twice by a polynomial
         own += tuple(add(graph, part, own, equation, backward, (out,), part)[0] for part in ("exp", "log", "log1p"))
     literals = tuple(str(var.val) if hasattr(var, "val") else "" for var in equation.invars)
     return add(graph, name, own, equation, backward, None, literals, str(equation.params))
@@ -207,84 +205,3 @@ def _in_order(graph: Graph, read: int | None, side: int, equation, backward: boo
     if read is None or not batch or order == [*range(aval.ndim)]:
         return read
     return add(graph, "transpose", (read,), equation, backward, (aval,), str(order))[0]
-
-
-def kernels(graph: Graph, results: set[int], outermost: bool = True) -> Kernels:
-    """Fuse a graph.
-
-    Args:
-        graph: the program.
-        results: values that must be in memory.
-        outermost: whether it stands in no loop and no branch.
-
-    From the last operation to the first, as XLA's `InstructionFusion` does it.
-    """
-    made = {one: number for number, op in enumerate(graph.ops) for one in op.makes}
-    within = _within(graph, results, made, outermost)
-    numbers = sorted(set().union(*within))
-    reads: dict[int, dict[int, None]] = {number: {} for number in numbers}
-    for number, op in enumerate(graph.ops):
-        for read in op.reads:
-            for kernel in within[number]:
-                if read not in made or kernel not in within[made[read]]:
-                    reads[kernel][read] = None
-    return Kernels(numbers, {kernel: list(own) for kernel, own in reads.items()}, made)
-
-
-def _within(graph: Graph, results: set[int], made: dict[int, int], outermost: bool) -> list[frozenset[int]]:
-    """Of each operation the kernels in which it is computed; one that ends a kernel is in its own.
-
-    An elementwise operation is computed in each kernel that reads it. In memory it must be for what is no kernel of
-    that kind (products, collectives, loops); if it is cheap and reads one large array at most, the others still compute
-    it themselves. A sum takes in only what nobody else reads.
-    """
-    ops, readers = graph.ops, {}
-    for number, op in enumerate(ops):
-        for read in op.reads:
-            readers.setdefault(read, set()).add(number)
-    within = [frozenset()] * len(ops)
-    for number in range(len(ops) - 1, -1, -1):
-        op, own = ops[number], frozenset([number])
-        if op.name not in ELEMENTWISE:
-            within[number] = own
-            continue
-        using = set().union(*(readers.get(one, ()) for one in op.makes))
-        fusing = {n for n in using if ops[n].name in FUSING}
-        filled = op.name in FILLED
-        if outermost and filled and op.reads and len(using) > 1:  # not into a batched product
-            fusing = {n for n in fusing if not _after_product(graph, made, ops[n])}
-        into = frozenset().union(*(within[n] for n in fusing))
-        stored = fusing != using or not results.isdisjoint(op.makes)
-        sums = {n for n in into if ops[n].name in REDUCTIONS}
-        if sums and not filled and (stored or len(into) > 1):
-            into, stored = into - sums, True
-        if not filled and not _cheap(graph, made, op):
-            spread = any(ops[n].name == "broadcast_in_dim" for n in using)
-            within[number] = own if stored or spread or len(into) > 1 else into
-        elif stored:
-            within[number] = into | own if filled or _reads_one(graph, made, op) else own
-        else:
-            within[number] = into
-    return within
-
-
-def _after_product(graph: Graph, made: dict[int, int], op: Op) -> bool:
-    """Whether an operation reads a product with batch dims."""
-    found = [graph.ops[made[read]] for read in op.reads if read in made]
-    return any(one.name == "dot_general" and one.equation.params["dimension_numbers"][1][0] for one in found)
-
-
-def _cheap(graph: Graph, made: dict[int, int], op: Op) -> bool:
-    """Whether an operation is computed again rather than kept; to divide by what is broadcast is to multiply."""
-    if op.name == "div" and op.equation.primitive.name == "div":
-        if len(op.reads) == 1:
-            return hasattr(op.equation.invars[1], "val")
-        return op.reads[1] in made and graph.ops[made[op.reads[1]]].name == "broadcast_in_dim"
-    return op.name not in COSTLY
-
-
-def _reads_one(graph: Graph, made: dict[int, int], op: Op) -> bool:
-    """Whether computing an operation again reads at most one array as large as what it makes."""
-    size = max(graph.counts[one] for one in op.makes)
-    large = [read for read in op.reads if graph.counts[read] >= size]
-    return sum(read not in made or graph.ops[made[read]].name not in FILLED for read in large) <= 1

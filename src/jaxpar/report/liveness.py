@@ -11,13 +11,19 @@ from typing import NamedTuple
 
 from jax.core import ShapedArray
 
-from jaxpar.report import kernels
-from jaxpar.report.kernels import Graph, Kernels, Op, add, empty, flatten, jaxprs_of, value
+from jaxpar.core import compat
+from jaxpar.report import fusion, kernels, packing, rounding
+from jaxpar.report.backends import CPU, Rules
+from jaxpar.report.fusion import Kernels
+from jaxpar.report.kernels import Graph, Op, add, empty, flatten, jaxprs_of, value
+from jaxpar.report.packing import Block
 
+SUMS = {"psum", "psum_invariant", "pmax"}
 IN_PLACE = (
     kernels.ELEMENTWISE - {"transpose", "gather", "rev"}
     | kernels.REDUCTIONS
-    | {"dynamic_update_slice", "scatter", "scatter-add", "psum", "psum_invariant", "pmax"}
+    | {"dynamic_update_slice", "scatter", "scatter-add"}
+    | SUMS
 )
 
 
@@ -33,15 +39,6 @@ class Peak(NamedTuple):
     bytes: int
     kept: int
     live: tuple[tuple[int, str], ...]
-
-
-class Block(NamedTuple):
-    """A piece of memory: its bytes, the first moment at which it is needed, the first after it, and who made it."""
-
-    size: int
-    born: int
-    dead: int
-    name: str
 
 
 class Run(NamedTuple):
@@ -62,7 +59,13 @@ class Moments(NamedTuple):
     dead: dict[int, int]
 
 
-def peak(jaxpr, then=None, feeds: Sequence[int | None] = (), aliases: Sequence[tuple[int, int]] = ()) -> Peak:
+def peak(
+    jaxpr,
+    then=None,
+    feeds: Sequence[int | None] = (),
+    aliases: Sequence[tuple[int, int]] = (),
+    rules: Rules = CPU,
+) -> Peak:
     """The most memory that a program takes, besides its arguments, as compiled for one device.
 
     Args:
@@ -71,8 +74,9 @@ def peak(jaxpr, then=None, feeds: Sequence[int | None] = (), aliases: Sequence[t
         feeds: what each argument of `then` is, by number among the results of `jaxpr` and, after them, its arguments;
             None for what is new.
         aliases: (argument, result) of the last trace: the result is written to where the argument lies.
+        rules: of the compiler.
     """
-    graph = empty()
+    graph = empty(rules)
     given = [value(graph, var.aval) for var in jaxpr.invars]
     results, old = flatten(graph, jaxpr, given), given
     if then is not None:
@@ -81,18 +85,20 @@ def peak(jaxpr, then=None, feeds: Sequence[int | None] = (), aliases: Sequence[t
         results = flatten(graph, then, given, True)
     made = {one for op in graph.ops for one in op.makes}
     homes = {results[result]: given[argument] for argument, result in aliases}
+    rounding.narrow(graph, {*old, *given} - made, results)
     run = _run(graph, {*old, *given} - made, results, homes, donated=True)
-    when = _fullest(run.blocks)
-    live = sorted(((one.size, one.name) for one in run.blocks if one.born <= when < one.dead), reverse=True)
-    return Peak(_packed(run.blocks), run.kept, tuple(live))
+    blocks = packing.beyond(run.blocks, rules.near)
+    when = packing.fullest(blocks)
+    live = sorted(((one.size, one.name) for one in blocks if one.born <= when < one.dead), reverse=True)
+    return Peak(packing.packed(blocks), run.kept, tuple(live))
 
 
 def _run(graph: Graph, outside: set[int], results: Sequence[int], homes: dict[int, int], donated: bool = False) -> Run:
     """Of a graph; `outside` takes no memory, `homes` says which results are written to where an argument lies."""
-    made = kernels.kernels(graph, set(results), donated)
-    inside = {kernel: _inside(graph.ops[kernel]) for kernel in made.numbers}
+    made = fusion.kernels(graph, set(results), donated)
+    inside = {kernel: _inside(graph.ops[kernel], graph.rules) for kernel in made.numbers}
     when = _moments(graph, made, inside, (outside, results))
-    copies = _copies(graph, made, when, homes)
+    copies = _copies(graph, made, when, homes) if graph.rules.copies else {}
     names, copied = {one: graph.ops[n].name for one, n in made.made.items()}, {*copies.values()}
     blocks = [
         Block(graph.sizes[one], born, when.dead[one], names.get(one, "copy"))
@@ -108,7 +114,7 @@ def _run(graph: Graph, outside: set[int], results: Sequence[int], homes: dict[in
         for result, argument in homes.items()
         if argument in copies and donated
     }
-    blocks = _without_guests([block for block in blocks if block.size and block.dead > block.born], places)
+    blocks = packing.without_guests([block for block in blocks if block.size and block.dead > block.born], places)
     length = sum(when.length.values())
     return Run(blocks, length, _kept(graph, made) + max((run.kept for run in inside.values()), default=0))
 
@@ -137,7 +143,7 @@ def _order(made: Kernels) -> list[int]:
 
 def _moments(graph: Graph, made: Kernels, inside: dict[int, Run], ends: tuple) -> Moments:
     """When each value is there; one that ends where another of its size is made in place of it ends before that."""
-    (outside, results), order = ends, _order(made)
+    (outside, results), order = ends, _order(made) if graph.rules.breadth else made.numbers
     length = {kernel: 1 + inside[kernel].length for kernel in order}
     start = dict(zip(order, accumulate((length[kernel] for kernel in order), initial=0), strict=False))
     born, last = dict.fromkeys(results, 0), {}
@@ -151,14 +157,14 @@ def _moments(graph: Graph, made: Kernels, inside: dict[int, Run], ends: tuple) -
         last.update(dict.fromkeys(op.makes, start[kernel] + length[kernel]))
         if op.name == "cond":  # until then, what it gives is counted inside
             born.update(dict.fromkeys(op.makes, start[kernel] + length[kernel] - 1))
-        if op.name == "scan":  # what each trip adds to is made first of all: as zeros, which wait for nothing
-            born.update(dict.fromkeys(op.makes[op.equation.params["num_carry"] :], 0))
+        if op.name == "scan" and graph.rules.filled:  # what each trip adds to is made as zeros, which wait for nothing
+            born.update(dict.fromkeys(op.makes[compat.scan_counts(op.equation)[1] :], 0))
     last.update(dict.fromkeys(results, sum(length.values()) + 1))
     dead = {one: last[one] for one in born}
     for kernel in order:
         op, end = graph.ops[kernel], start[kernel] + length[kernel]
         ending = [one for one in made.reads[kernel] if last.get(one) == end and one not in outside]
-        for one in op.makes if op.name in IN_PLACE else _carried(op):
+        for one in op.makes if _over(graph, op) else _carried(op):
             same = [old for old in ending if graph.sizes[old] == graph.sizes[one]]
             if same:
                 dead[same[0]] = start[kernel]
@@ -166,9 +172,14 @@ def _moments(graph: Graph, made: Kernels, inside: dict[int, Run], ends: tuple) -
     return Moments(order, start, length, born, dead)
 
 
+def _over(graph: Graph, op: Op) -> bool:
+    """Whether what an operation makes is written over what it reads."""
+    return op.name in IN_PLACE and (graph.rules.summed or op.name not in SUMS)
+
+
 def _carried(op: Op) -> tuple[int, ...]:
     """What a loop carries lies where it lay before the loop."""
-    return op.makes[: op.equation.params["num_carry"]] if op.name == "scan" else ()
+    return op.makes[: compat.scan_counts(op.equation)[1]] if op.name == "scan" else ()
 
 
 def _copies(graph: Graph, made: Kernels, when: Moments, homes: dict[int, int]) -> dict[int, int]:
@@ -201,64 +212,22 @@ def _before(made: Kernels, kernel: int, first: int) -> set[int]:
     return seen
 
 
-def _without_guests(blocks: list[Block], places: dict[int, tuple]) -> list[Block]:
-    """The blocks but for those that lie where a copied argument lay, until the result that takes its place is made.
-
-    XLA lays out the largest first; in an argument's place never two lie at once, however small.
-    """
-    places, stay = sorted(places.values(), key=lambda place: place[0]), []
-    for block in sorted(blocks, key=lambda block: -block.size):
-        for size, taken in places:
-            if size >= block.size and all(block.dead <= born or dead <= block.born for born, dead in taken):
-                taken.append((block.born, block.dead))
-                break
-        else:
-            stay.append(block)
-    return stay
-
-
-def _packed(blocks: list[Block]) -> int:
-    """Bytes of the memory in which all blocks lie.
-
-    XLA lays out the largest first, of those the longest lived, each in the smallest gap that is free all its life.
-    """
-    laid: list[tuple[int, int, int, int]] = []
-    total = 0
-    for block in sorted(blocks, key=lambda block: (-block.size, block.born - block.dead)):
-        near = sorted((at, end) for at, end, born, dead in laid if born < block.dead and block.born < dead)
-        best, best_gap, top = None, None, 0
-        for at, end in near:
-            gap = at - top
-            if gap >= block.size and (best is None or gap < best_gap):
-                best, best_gap = top, gap
-            top = max(top, end)
-        place = top if best is None else best
-        laid.append((place, place + block.size, block.born, block.dead))
-        total = max(total, place + block.size)
-    return total
-
-
-def _fullest(blocks: list[Block]) -> int:
-    """The moment at which most is there."""
-    changes = sorted([(one.born, one.size) for one in blocks] + [(one.dead, -one.size) for one in blocks])
-    sums = accumulate(more for _, more in changes)
-    return max(zip(sums, (-when for when, _ in changes), strict=True), default=(0, 0))[1] * -1
-
-
 def _kept(graph: Graph, made: Kernels) -> int:
     """Bytes of what a forward kernel makes and a backward one reads."""
     read = {one for kernel in made.numbers if graph.ops[kernel].backward for one in made.reads[kernel]}
     return sum(graph.sizes[one] for one in read if one in made.made and not graph.ops[made.made[one]].backward)
 
 
-def _inside(op: Op) -> Run:
+def _inside(op: Op, rules: Rules) -> Run:
     """What a loop or branch takes beyond what it reads and makes: the branches of a switch one after the other."""
     if op.name == "threefry2x32":  # itself a loop, that carries two words and three keys and makes one more
         size = 3 * sum(var.aval.size * var.aval.dtype.itemsize for var in op.equation.outvars)
         return Run([Block(size, 0, 1, op.name)], 1, 0)
     if op.equation.primitive.name != op.name:
         return Run([], 0, 0)
-    found = [_trip(op.equation)] if op.name == "scan" else [_branch(one) for one in jaxprs_of(op.equation)]
+    found = (
+        [_trip(op.equation, rules)] if op.name == "scan" else [_branch(one, rules) for one in jaxprs_of(op.equation)]
+    )
     blocks, length = [], 0
     for run in found:
         for one in run.blocks:
@@ -267,11 +236,12 @@ def _inside(op: Op) -> Run:
     return Run(blocks, length, max((run.kept for run in found), default=0))
 
 
-def _branch(jaxpr) -> Run:
+def _branch(jaxpr, rules: Rules) -> Run:
     """Of one branch; what is added to an operand is written over it."""
-    graph = empty()
+    graph = empty(rules)
     given = [value(graph, var.aval) for var in jaxpr.invars]
     results = flatten(graph, jaxpr, given)
+    rounding.narrow(graph, (), results)
     made, homes = {one: op for op in graph.ops for one in op.makes}, {}
     for one in results:
         if one in made and made[one].name in IN_PLACE:
@@ -281,14 +251,13 @@ def _branch(jaxpr) -> Run:
     return _run(graph, {*given}, results, homes)
 
 
-def _trip(equation) -> Run:
+def _trip(equation, rules: Rules) -> Run:
     """Of one trip of a scan: each operand is cut out of its stack where it is read, each result written into one.
 
     What is carried is written to where it lies, from a copy if the old is still read.
     """
-    jaxpr, consts, carries = (equation.params[name] for name in ("jaxpr", "num_consts", "num_carry"))
-    graph, first = empty(), consts + carries
-    given = [value(graph, var.aval) for var in jaxpr.jaxpr.invars]
+    jaxpr, graph, (consts, carries) = equation.params["jaxpr"], empty(rules), compat.scan_counts(equation)
+    given, first = [value(graph, var.aval) for var in jaxpr.jaxpr.invars], consts + carries
     cut = [
         add(graph, "dynamic_slice", (stack,), equation, False, (var.aval,))[0]
         for stack, var in zip(given[first:], jaxpr.jaxpr.invars[first:], strict=True)
@@ -296,5 +265,6 @@ def _trip(equation) -> Run:
     results = flatten(graph, jaxpr.jaxpr, [*given[:first], *cut])
     nothing = ShapedArray((0,), "int8")
     ends = [add(graph, kernels.STACKED, (one,), equation, False, (nothing,))[0] for one in results[carries:]]
+    rounding.narrow(graph, (), [*results[:carries], *ends])
     homes = {new: old for new, old in zip(results, given[consts:first], strict=False) if new != old}
     return _run(graph, {*given}, [*results[:carries], *ends], homes)

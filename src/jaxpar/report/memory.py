@@ -1,20 +1,18 @@
 """What a step must hold on each device, found before it is compiled: from shapes alone, or from its trace."""
 
 import math
-from collections.abc import Iterator
 from functools import partial
 
 import jax
 
-from jaxpar.core.plan import Plan
-from jaxpar.core.refuse import Problem
 from jaxpar.core.types import State
 from jaxpar.plan import layout, padding
 from jaxpar.plan.layout import Layout, Placement
 from jaxpar.report import account, hostlink, liveness, machine
+from jaxpar.report.backends import CPU, RULES, Rules
 from jaxpar.report.liveness import Peak
 from jaxpar.step.parts import Parts
-from jaxpar.step.program import Program, optimizer_places, traced, updated
+from jaxpar.step.program import optimizer_places, traced, updated
 
 HOST = "host"  # the category of what rests there
 
@@ -54,15 +52,22 @@ def held(parts: Parts) -> dict[str, int]:
     }
 
 
-def predicted(parts: Parts, trace=None) -> dict[str, int]:
+def on_device(bytes_held: dict[str, int]) -> int:
+    """The sum of all categories but what rests on the host."""
+    return sum(size for name, size in bytes_held.items() if name != HOST)
+
+
+def predicted(parts: Parts, trace=None, backend: str = "cpu") -> dict[str, int]:
     """Bytes that one device needs for a step, by category, from the trace of the step alone. Needs no devices.
 
-    What XLA's CPU compiler does with a trace is followed (`report.kernels`, `report.liveness`); another compiler fuses
-    and orders otherwise, so there `activations`, `transient` and `total` are estimates.
+    What a compiler does with a trace is followed (`report.backends` has the rules, `report.fusion`, `report.rounding`
+    and `report.liveness` apply them): XLA's for CPUs or for TPUs. That for GPUs fuses and orders otherwise, so there
+    `activations`, `transient` and `total` are estimates.
 
     Args:
         parts: of the run.
         trace: `traced(parts)`, if it is at hand.
+        backend: the platform that it is compiled for, as jax has it; one without rules gets those of `cpu`.
 
     Returns:
         parameters, gradients, optimizer, state, batch: as of `held`.
@@ -72,18 +77,18 @@ def predicted(parts: Parts, trace=None) -> dict[str, int]:
         total: all that must be there at once. Gradients come while activations go, so it may be less than the sum.
     """
     jaxpr = trace or traced(parts)
-    peak, known = _peak(parts, jaxpr), held(parts)
+    peak, known = _peak(parts, jaxpr, RULES.get(backend, CPU)), held(parts)
     if parts.offload:
         known |= {HOST: known[HOST] + hostlink.lent(parts, jaxpr)}
     kept = min(peak.kept if parts.pipeline.plain else account.pool_bytes(parts, jaxpr), peak.bytes)
     return known | {
         "activations": kept,
         "transient": max(0, peak.bytes - kept - known["gradients"]),
-        "total": sum(known.values()) - known["gradients"] - known.get(HOST, 0) + peak.bytes,
+        "total": on_device(known) - known["gradients"] + peak.bytes,
     }
 
 
-def _peak(parts: Parts, jaxpr) -> Peak:
+def _peak(parts: Parts, jaxpr, rules: Rules) -> Peak:
     """Of a whole step, both halves with the shapes of one device; the new state is written to where the old one lies.
 
     Args:
@@ -105,7 +110,7 @@ def _peak(parts: Parts, jaxpr) -> Peak:
     old = [jaxpr.invars[-1], *trained, *[None] * counts[2], *other]
     place = {var: results + n for n, var in enumerate(spread.invars) if not hasattr(var, "val")}
     feeds = [*range(results), *(place.get(var) for var in old)]
-    return liveness.peak(inside, then, feeds, [(results + n, n) for n in range(len(old))])
+    return liveness.peak(inside, then, feeds, [(results + n, n) for n in range(len(old))], rules)
 
 
 def _plain(var) -> jax.ShapeDtypeStruct:
@@ -120,33 +125,21 @@ def available(device: jax.Device, devices: int) -> int | None:
     return found[1] // devices if found else None
 
 
-def problems(plan: Plan, parts: Parts, program: Program) -> Iterator[Problem]:
-    """One problem if even without activations a step does not fit."""
-    needs, devices = held(parts), program.mesh.devices
-    room = available(devices.flat[0], devices.size)
-    total = sum(needs.values()) - needs.get(HOST, 0)
-    if room is not None and total > room:
-        parts = ", ".join(
-            f"{name} {size / 2**30:,.1f}" for name, size in needs.items() if size > total / 1000 and name != HOST
-        )
-        rule = (
-            f"each device would hold {total / 2**30:,.1f} GiB ({parts}) besides activations, and has "
-            f"{room / 2**30:,.1f} GiB."
-        )
-        yield Problem("memory", plan, rule, "a smaller model, or a scheme that splits weights further, as fsdp:N does")
+def lost(stats, platform: str) -> int:
+    """Bytes of a compiled step's `temp_size_in_bytes` that no device has to have.
 
+    libtpu counts gaps between blocks there as well, for some twice. Its `peak_memory_in_bytes` does not, but counts
+    blocks in the memory beside the core: each is enough, so the smaller one holds.
 
-def of_compiled(plan: Plan, program: Program, compiled: jax.stages.Compiled) -> Iterator[Problem]:
-    """One problem if the compiled step, activations and all, asks for more than a device has."""
-    said, devices = compiled.memory_analysis(), program.mesh.devices
-    room = available(devices.flat[0], devices.size)
-    if said is None or room is None:
-        return
-    total = said.argument_size_in_bytes + said.temp_size_in_bytes + said.output_size_in_bytes - said.alias_size_in_bytes
-    if total > room:
-        rule = f"the compiled step asks for {total / 2**30:,.1f} GiB on each device, which has {room / 2**30:,.1f} GiB."
-        legal = "a smaller batch or model.context; more microbatches; or a scheme that splits more"
-        yield Problem("memory", plan, rule, legal)
+    Args:
+        stats: `memory_analysis()` of the step.
+        platform: what it is compiled for.
+    """
+    peak = getattr(stats, "peak_memory_in_bytes", None)
+    if platform != "tpu" or not peak:
+        return 0
+    said = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return max(0, said + stats.temp_size_in_bytes - peak)
 
 
 def _counts(placement: Placement, like, layouts):

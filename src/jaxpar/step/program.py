@@ -81,18 +81,6 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
     found = _gradients(parts, settings, spread)
     stream = _stream(parts, mesh, words, specs._replace(params=moment_specs))
 
-    moments = meshes.shardings(mesh, moment_specs)
-
-    def resting(state):  # so that each device updates the part of which it holds the optimizer's state
-        if "parameters" in parts.offload:  # they lie there already
-            return state
-        return state._replace(params=jax.lax.with_sharding_constraint(state.params, moments))
-
-    def step(state, batch):
-        new = found(state.params, state.extra, state.comm, batch, state.step)
-        state, metrics = updated(parts.optimizer, new, resting(state), stream)
-        return resting(state), metrics
-
     measured = spread(
         partial(evaluate, model, parts.pipeline, settings),
         in_specs=(param_specs, extra_specs, batch_specs),
@@ -110,10 +98,30 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
         ),
         batch=tuple(map(_struct, _batch_shapes(parts), meshes.shardings(mesh, batch_specs))),
         place=partial(_place, parts.microbatches, meshes.shardings(mesh, batch_specs)),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)),
+        step=jax.jit(
+            _step(parts, found, meshes.shardings(mesh, moment_specs), stream),
+            donate_argnums=0,
+            out_shardings=(shardings, whole),
+        ),
         evaluate=jax.jit(measured),
         gradients=jax.jit(lambda state, batch: Found(*found(state.params, state.extra, state.comm, batch, state.step))),
     )
+
+
+def _step(parts: Parts, found: Callable, moments, stream: Descent | None) -> Callable:
+    """`step(state, batch) -> (state, metrics)`, where `moments` are the shardings of what follows the parameters."""
+
+    def resting(state):  # so that each device updates the part of which it holds the optimizer's state
+        if "parameters" in parts.offload:  # they lie there already
+            return state
+        return state._replace(params=jax.lax.with_sharding_constraint(state.params, moments))
+
+    def step(state, batch):
+        new = found(state.params, state.extra, state.comm, batch, state.step)
+        state, metrics = updated(parts.optimizer, new, resting(state), stream)
+        return resting(state), metrics
+
+    return step
 
 
 def updated(

@@ -12,8 +12,9 @@ import numpy as np
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import refuse
 from jaxpar.core.types import Dataset, State
-from jaxpar.report import chips, flops, memory
+from jaxpar.report import chips, flops, remedies
 from jaxpar.report.bill import Bill, bill
+from jaxpar.report.remedies import Need
 from jaxpar.step.parts import Parts, learning_rate
 from jaxpar.step.program import Program
 from jaxpar.train.feed import checked
@@ -58,6 +59,7 @@ def ready(
     parts: Parts,
     dataset: Dataset,
     note: Callable[[str], None],
+    need: Need,
 ) -> tuple[State, Compiled]:
     """The state to begin with, made if there is none, and all that is left to do, compiled.
 
@@ -69,6 +71,7 @@ def ready(
         parts: of the run.
         dataset: for the batches.
         note: is told how long it takes, since nothing else can be seen of it.
+        need: the run as `remedies` has it, in case that it does not fit.
 
     Raises:
         Refused: if the compiled step asks for more memory than there is.
@@ -78,10 +81,11 @@ def ready(
     if state is None or state.step < recipe.steps or not (done or dataset.held_out_batches == 0):
         note("compiling the step ...")
         began = time.perf_counter()
-        step = step.lower(program.shapes, program.batch).compile()
-        refuse(memory.of_compiled(recipe.plan, program, step))
-        evaluate = evaluate.lower(program.shapes.params, program.shapes.extra, program.batch).compile()
-        state = state or program.init()
+        with remedies.answered(need, note):
+            step = step.lower(program.shapes, program.batch).compile()
+            refuse(remedies.of_compiled(need, step, note))
+            evaluate = evaluate.lower(program.shapes.params, program.shapes.extra, program.batch).compile()
+            state = state or program.init()
         seconds = time.perf_counter() - began
         note(f"compiled in {seconds:.1f} s")
         sent = bill(parts, step.as_text())

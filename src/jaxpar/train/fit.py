@@ -1,15 +1,21 @@
 """Training: from a recipe to a finished run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from jaxpar.core import strict
+from jaxpar.core.plan import Plan
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import Collector, refuse
+from jaxpar.core.types import Dataset
 from jaxpar.plan import mesh
-from jaxpar.report import memory
-from jaxpar.step.parts import prepare
+from jaxpar.report import remedies
+from jaxpar.report.remedies import Need
+from jaxpar.step.parts import Parts, assemble, prepare
+from jaxpar.step.program import Program
 from jaxpar.step.program import program as program_of
 from jaxpar.train.ahead import ready
 from jaxpar.train.folder import inside, locate
@@ -63,12 +69,10 @@ def fit(
     refuse(found.problems)
     parts, dataset = prepared
     program = program_of(parts)
-    refuse(memory.problems(recipe.plan, parts, program))
     with ExitStack() as until_done:
         report = unfailing(report or progress(recipe.steps))
         until_done.callback(report.close)
-        if idle := mesh.idle(program.mesh):
-            report.note(idle)
+        need = _need(recipe, parts, dataset, program, report.note)
         if folder:
             until_done.enter_context(locked(folder, report.note))
             locate(recipe, name, runs_dir, overwrite)  # again, now that nobody else may change what is there
@@ -77,14 +81,29 @@ def fit(
         alive = until_done.enter_context(watched(watchdog, folder))
         disk = on_disk(folder, recipe, program, parts, dataset, overwrite) if folder else nowhere()
         state, lines = disk.load(report.note)
-        state, run = ready(state, lines, recipe, program, parts, dataset, report.note)
+        state, run = ready(state, lines, recipe, program, parts, dataset, report.note, need)
         further = opened(sinks, folder, recipe, lines, report.note)
         closing.callback(further.close)
         written = book(lambda line: (disk.append(line), further.write(line), report.line(line)), lines, recipe, run)
-        state = loop(state, recipe, run, written, disk, Outside(asked, alive, report.note))
+        with remedies.answered(need, report.note, "the run ended"):
+            state = loop(state, recipe, run, written, disk, Outside(asked, alive, report.note))
         done = finished(state, written.lines, folder, program, parts, dataset, run)
         disk.finish(done.summary)
     return done
+
+
+def _need(recipe: Recipe, parts: Parts, dataset: Dataset, program: Program, note: Callable[[str], None]) -> Need:
+    """What the run needs, once it is known to fit without activations; `note` is told of idle devices."""
+    need = remedies.need_of(recipe.plan, parts, partial(_again, recipe, parts, dataset), program.mesh)
+    refuse(remedies.problems(need, note))
+    if idle := mesh.idle(program.mesh):
+        note(idle)
+    return need
+
+
+def _again(recipe: Recipe, parts: Parts, dataset: Dataset, plan: Plan) -> Parts:
+    """The parts of the same run under another plan."""
+    return assemble(replace(recipe, plan=plan), parts.inputs, parts.labels, dataset.classes)
 
 
 def _place(recipe: Recipe, name: str, runs_dir: str, overwrite: bool) -> Path:
