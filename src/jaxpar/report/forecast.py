@@ -57,7 +57,11 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
     axes = parts.settings.placement.scheme.axes or {"data": 1}  # as `mesh_of`
     count, manual = math.prod(axes.values()), parts.partition == "manual"
     trace = trace or (traced(parts) if manual else None)
-    held = memory.predicted(parts, trace, where.platform if where else "cpu") if manual else memory.held(parts)
+    held = (
+        memory.predicted(parts, trace, *((where.platform, where.chip.near) if where else ()))
+        if manual
+        else memory.held(parts)
+    )
     held = {"total": None} | held
     pipeline = _pipeline(plan, parts)
     return {

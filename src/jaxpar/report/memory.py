@@ -41,7 +41,7 @@ def held(parts: Parts) -> dict[str, int]:
     }
 
 
-def predicted(parts: Parts, trace=None, backend: str = "cpu") -> dict[str, int]:
+def predicted(parts: Parts, trace=None, backend: str = "cpu", near: int | None = None) -> dict[str, int]:
     """Bytes that one device needs for a step, by category, from the trace of the step alone. Needs no devices.
 
     What a compiler does with a trace is followed (`report.backends` has the rules, `report.fusion`, `report.rounding`
@@ -52,6 +52,7 @@ def predicted(parts: Parts, trace=None, backend: str = "cpu") -> dict[str, int]:
         parts: of the run.
         trace: `traced(parts)`, if it is at hand.
         backend: the platform that it is compiled for, as jax has it; one without rules gets those of `cpu`.
+        near: bytes that its chip has beside the core, if that is known.
 
     Returns:
         parameters, gradients, optimizer, state, batch: as of `held`.
@@ -60,7 +61,8 @@ def predicted(parts: Parts, trace=None, backend: str = "cpu") -> dict[str, int]:
         total: all that must be there at once. Gradients come while activations go, so it may be less than the sum.
     """
     jaxpr = trace or traced(parts)
-    peak, known = _peak(parts, jaxpr, RULES.get(backend, CPU)), held(parts)
+    rules = RULES.get(backend, CPU)
+    peak, known = _peak(parts, jaxpr, rules if near is None else rules._replace(near=near)), held(parts)
     kept = min(peak.kept if parts.pipeline.plain else account.pool_bytes(parts, jaxpr), peak.bytes)
     return known | {
         "activations": kept,

@@ -216,7 +216,7 @@ def _trace(parts: Parts):
 def _bytes(need: Need, parts: Parts, trace) -> dict[str, int]:
     """By category, and `total`; where XLA decides the collectives without activations."""
     if trace is not None:
-        return memory.predicted(parts, trace, need.backend)
+        return memory.predicted(parts, trace, need.backend, need.chip and need.chip.near)
     held = memory.held(parts)
     return held | {"total": sum(held.values())}
 
