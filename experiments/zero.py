@@ -10,7 +10,7 @@ Then a small model on 8 simulated devices, each stage compiled: the bytes of its
 `memory_analysis` says; and what each device sends in a step in units of the parameters, counted in the compiled
 program. Expect 2, 2, 2 and 3 times the parameters (times 7/8, the share that a ring of 8 sends: the table divides it
 out) if the batch is one microbatch; 3 is a little less here, since what no block holds is gathered once. With M
-microbatches stage 2 scatters M times, and stage 3 also gathers 2 M times, or once with `zero_gather=step`. Where
+microbatches stage 2 scatters M times, and stage 3 also gathers 2 M times, or once with `regather=false`. Where
 lectures draw stage 1 as an all-reduce of gradients and an all-gather of parameters, that is 3 times: so it comes from
 XLA for CPU, which turns no all-reduce into a reduce-scatter, when it is left to it (`partition=auto`).
 (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1 and section 7.)
@@ -50,7 +50,7 @@ SENT = {  # plan of 8 devices, and what is claimed to be sent, in parameters
     "zero=1,microbatches=4": "2",
     "zero=2,microbatches=4": "4 + 1",
     "zero=3,microbatches=4": "4 x 3",
-    "zero=3,zero_gather=step,microbatches=4": "4 + 1",
+    "zero=3,regather=false,microbatches=4": "4 + 1",
 }
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -28,6 +29,10 @@ MESHES = (
     "tensor=three_d:2x2x2",
     "tensor=three_d:1x4x2",
     "tensor=three_d:4x2x1",
+)
+# `compiler_options` for a program whose kernels count, where tests have others than users (tests/conftest.py)
+AS_USERS_DO = (
+    {"xla_cpu_use_fusion_emitters": True} if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "") else None
 )
 SMALL = {
     "gpt": Model("gpt", layers=2, width=32, heads=8, hidden=64, context=CONTEXT),

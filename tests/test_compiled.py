@@ -13,7 +13,7 @@ from jaxpar.core.cost import Cost
 from jaxpar.core.plan import Plan
 from jaxpar.core.recipe import Model, Recipe
 from jaxpar.core.refuse import Refused
-from jaxpar.report import account, compiled, topology
+from jaxpar.report import account, compiled, forecast, topology
 from jaxpar.step.parts import assemble
 from jaxpar.step.program import program
 
@@ -48,13 +48,14 @@ def test_a_step_for_the_cpu_says_what_theory_says(plan, vocab):
     assert Cost(found.sent).total_sent == pytest.approx(account.predicted(parts).total_sent)
     assert (found.target, found.devices, found.compile_seconds) == ("cpu", 8, 1.5)
     assert found.compiler.startswith("jaxlib 0.") and found.warnings == ()
-    assert found.played is None and found.seconds is None and found.mfu is None and found.fits is None
+    assert found.played is None and found.mfu is None and found.fits is None
     assert found.held == found.arguments + found.outputs - found.aliased + found.temporary + found.code
     assert compiled.differences(account.predicted(parts), found) == []
-    written = json.loads(json.dumps(compiled.as_json(found)))
-    assert written["memory"]["held"] == found.held and written["flops"]["executed"] == found.flops
-    assert sum(size for kinds in written["comm"].values() for size in kinds.values()) == sum(found.sent.values())
-    assert written["estimate"] is None and written["fits"] is None and written["warnings"] == []
+    written = json.loads(json.dumps(forecast.with_compiled(forecast.forecast(Plan.parse(plan), parts), found)))
+    assert written["memory"]["compiled"]["total"] == found.held and written["flops"]["compiled"] == found.flops
+    sent = written["comm"]["compiled"]
+    assert sum(size for kinds in sent.values() for size in kinds.values()) == sum(found.sent.values())
+    assert written["compiled"]["estimate"] is None and written["fits"] is None and written["warnings"] == []
 
 
 def test_a_program_is_for_the_devices_it_is_given():
@@ -144,7 +145,7 @@ def test_a_step_for_eight_tpus_is_as_predicted():
     assert found.flops == pytest.approx(found.model_flops, rel=1e-3)
     assert found.state <= found.aliased < 1.01 * found.state and found.fits and found.warnings == ()
     assert 0 < found.beside <= found.started < sum(found.sent.values()) and not found.provisional
-    assert 0 < found.mfu < 1 and 0 < found.played.exposed < found.played.sending < found.seconds
+    assert 0 < found.mfu < 1 and 0 < found.played.exposed < found.played.sending < found.played.seconds
     assert found.compiler.startswith("libtpu ") and found.devices == 8
 
 

@@ -7,7 +7,7 @@ import harness
 import jax
 import jax.numpy as jnp
 import pytest
-from harness import SMALL, batch_of, recipe_of, variant
+from harness import AS_USERS_DO, SMALL, batch_of, recipe_of, variant
 
 from jaxpar.plan import revolve
 from jaxpar.report import account, flops, liveness, memory
@@ -44,7 +44,7 @@ def parts_of(monkeypatch, model: str, plan: str, **fields) -> Parts:
 def compare(parts: Parts) -> tuple[dict[str, int], int, int]:
     """What is predicted, and of the compiled step the bytes of its arguments, and of these with its own memory."""
     made = program(parts)
-    said = made.step.lower(made.shapes, made.batch).compile().memory_analysis()
+    said = made.step.lower(made.shapes, made.batch).compile(AS_USERS_DO).memory_analysis()
     given = said.argument_size_in_bytes
     own = said.temp_size_in_bytes + said.output_size_in_bytes - said.alias_size_in_bytes
     return memory.predicted(parts), given, given + own

@@ -1,5 +1,6 @@
 """A pipeline changes no number: gradients of every schedule equal those of one device, whatever else the plan says."""
 
+import functools
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -44,7 +45,7 @@ def check(model, plan, want=None):
 
 
 def pairwise():
-    """Each schedule with both storages, in turn tied and untied, on meshes in turn."""
+    """Each schedule with both storages, in turn tied, and untied with dropout, on meshes in turn."""
     for number, schedule in enumerate(SCHEDULES):
         for place, storage in enumerate(STORAGES):
             yield plan_of(MESHES[(number + 2 * place) % 4], schedule, storage), bool((number + place) % 2)
@@ -55,7 +56,10 @@ def test_gradients_are_those_of_one_device(plan, tied):
     if "chunks=2" in plan:
         plan = plan.replace("pipe=4", "pipe=2")
     two_stages = "pipe=2" in plan and "chunks=1" in plan
-    check(variant(GPT, layers=3 if two_stages else 5, tied=tied), plan)
+    dropout = 0.0 if tied else 0.1  # random bits are half of what is compiled; tied with dropout: the V below
+    got = check(variant(GPT, layers=3 if two_stages else 5, tied=tied, dropout=dropout), plan)
+    if re.search("=(one_f_one_b|zero_bubble_h1),", plan):  # both storages on all MESHES
+        assert_bill_is_exact(got, plan)
 
 
 @pytest.mark.slow
@@ -82,6 +86,12 @@ def test_other_models_and_plans(name, plan):
     check(SMALL[name], plan)
 
 
+@functools.cache
+def in_microbatches(model, count):
+    """On one device."""
+    return run(recipe_of(model, f"microbatches={count}"))
+
+
 @pytest.mark.parametrize(
     "plan",
     ["pipe=2,data=2,tensor=two_d:2x1", "pipe=4,data=2,storage=residual", "pipe=3,schedule=zero_bubble_h1"],
@@ -89,7 +99,7 @@ def test_other_models_and_plans(name, plan):
 def test_unequal_parts_and_running_statistics(plan):
     """Two blocks on more stages than that are cut between parts of different shapes; batch norm sees microbatches."""
     plan = f"{plan},microbatches=4"
-    check(SMALL["convnet"], plan, want=run(recipe_of(SMALL["convnet"], "microbatches=4")))
+    check(SMALL["convnet"], plan, want=in_microbatches(SMALL["convnet"], 4))
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -144,16 +154,9 @@ def test_a_program_that_is_unrolled_would_be_longer(monkeypatch):
     assert instructions("pipe=2", 4) > 1.3 * instructions("pipe=2", 2)
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        "pipe=2,microbatches=4,data=2",
-        "pipe=2,microbatches=4,data=2,tensor=one_d:2,storage=residual",
-        "pipe=4,microbatches=4,schedule=zero_bubble_h1,storage=residual",
-        "tensor=two_d:2x2,microbatches=4,storage=residual",  # XLA takes a gather of weights out of the loop
-    ],
-)
-def test_predicted_bytes_are_those_of_the_compiled_program(plan):
+def test_a_gather_of_weights_that_xla_takes_out_of_the_loop_is_predicted_so():
+    """Predicted bytes of pipelines are compared by `test_gradients_are_those_of_one_device`."""
+    plan = "tensor=two_d:2x2,microbatches=4,storage=residual"
     assert_bill_is_exact(run(recipe_of(variant(GPT, layers=4, dropout=0.0), plan)), plan)
 
 

@@ -170,7 +170,7 @@ def no_devices(monkeypatch):
 
 
 def test_every_problem_is_told_at_once(no_devices):
-    recipe = gpt("data=2,tensor=three_d:2x2x2,microbatches=3,zero=1,remat=blok", 7, width=18, kv_heads=3, hidden=9)
+    recipe = gpt("data=2,tensor=three_d:2x2x2,microbatches=3,zero=4,remat=blok", 7, width=18, kv_heads=3, hidden=9)
     recipe = replace(
         recipe, steps=10, warmup=20, seed=-1, learning_rate=0.0, weight_decay=float("nan"), optimizer="adam"
     )
@@ -205,7 +205,7 @@ def test_a_vocabulary_smaller_than_the_data_is_refused(no_devices):
     assert not problems_of(gpt(vocab=257))
 
 
-@pytest.mark.parametrize("field, value", [("zero", 1), ("offload", "host"), ("ring", True)])
+@pytest.mark.parametrize("field, value", [("ring", True)])
 def test_what_has_not_landed_is_refused_by_name(field, value, no_devices):
     recipe = replace(gpt(), plan=Plan(**{field: value}))
     (problem,) = problems_of(recipe)

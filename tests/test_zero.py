@@ -25,12 +25,10 @@ STAGES = (1, 2, 3)
 
 def plans():
     """Each stage with each scheme, and the ways to run a step in turn."""
-    ways = itertools.cycle(["", "microbatches=2", "regather=false", "zero_gather=step"])
+    ways = itertools.cycle(["", "microbatches=2", "regather=false", "unroll=true"])
     orders = itertools.cycle(["one_f_one_b", "zero_bubble_h1,storage=residual", "gpipe,storage=residual"])
     for stage, mesh in itertools.product(STAGES, MESHES):
         how = PIPED.format(next(orders)) if "pipe" in mesh else next(ways)
-        if how.startswith("zero_gather") and stage != 3:
-            how = "unroll=true"
         yield ",".join(filter(None, [mesh, f"zero={stage}", how]))
 
 
@@ -39,9 +37,9 @@ OTHERS = [
     "data=8,zero=3,zero_group=2",
     "tensor=two_half_d:2x2x2,zero=3",
     "data=2,tensor=two_half_d:2x2x1,zero=2",
-    "data=2,tensor=sequence:4,zero=3,microbatches=2,zero_gather=step",
+    "data=2,tensor=sequence:4,zero=3,microbatches=2,regather=false",
     "data=2,tensor=fsdp:4,zero=3",
-    "data=2,pipe=2,tensor=one_d:2,zero=3,microbatches=4,zero_gather=step",
+    "data=2,pipe=2,tensor=one_d:2,zero=3,microbatches=4,regather=false",
     "data=4,pipe=2,zero=2,zero_group=2,microbatches=2,schedule=interleaved,chunks=2",
     "data=2,tensor=one_d:2,zero=3,remat=block,microbatches=2",
     "data=6,zero=3",  # six divide few of the dims
@@ -247,10 +245,7 @@ WRONG = [
     ("tensor=one_d:2,zero=2", {"plan.zero"}),
     ("data=4,zero_group=2", {"plan.zero_group"}),
     ("data=4,zero=1,zero_group=3", {"plan.zero_group"}),
-    ("data=4,zero=2,zero_gather=step", {"plan.zero_gather"}),
-    ("data=4,zero=3,zero_gather=stepp", {"plan.zero_gather"}),
-    ("data=4,zero=7,zero_group=3,zero_gather=never", {"plan.zero", "plan.zero_group", "plan.zero_gather"}),
-    ("data=4,zero=3,zero_gather=step,partition=auto", {"plan.zero_gather"}),
+    ("data=4,zero=7,zero_group=3", {"plan.zero", "plan.zero_group"}),
 ]
 
 

@@ -85,3 +85,12 @@ def run(equation, values: list) -> list:
     with equation.ctx.manager:
         found = primitive.bind(*values, **primitive.get_bind_params(equation.params))
     return list(found) if primitive.multiple_results else [found]
+
+
+def scan_counts(equation) -> tuple[int, int]:
+    """Of a traced `jax.lax.scan`: how many operands are the same on every trip, and how many it carries."""
+    given = equation.params
+    if "num_consts" in given:
+        return given["num_consts"], given["num_carry"]
+    consts, carry, _ = (len(part) for part in given["ft_in"].unpack())  # since 0.12
+    return consts, carry

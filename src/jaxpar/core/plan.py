@@ -24,12 +24,12 @@ class Plan:
         storage: what a pipeline stage keeps: `recompute` or `residual`.
         zero: ZeRO stage over the data axis, 0 to 3.
         zero_group: devices of the data axis that share one copy; 0 for all.
-        zero_gather: when ZeRO stage 3 makes parameters whole: for every `block`, or once per `step`.
         remat: what the backward pass computes again.
-        regather: inside a scan over blocks, gather operands again in the backward pass rather than keep them.
+        regather: inside a scan over blocks, gather operands again in the backward pass rather than keep them; and under
+            ZeRO stage 3 gather parameters for every block, forward and back, rather than once per step.
         ring: overlap gathers with products, piece by piece.
         unroll: blocks unrolled (`true`), in one scan (`false`), or as is faster (`auto`).
-        offload: what rests in host memory.
+        offload: what rests in the memory of the host: any of `parameters+optimizer+activations`, or `none`.
         precision: a member of policies/.
         partition: `manual` (every collective derived here) or `auto` (left to XLA).
         reducer: a member of reducers/: how gradients are summed over data.
@@ -44,7 +44,6 @@ class Plan:
     storage: str = "recompute"
     zero: int = 0
     zero_group: int = 0
-    zero_gather: str = "block"
     remat: str = "none"
     regather: bool = True
     ring: bool = False

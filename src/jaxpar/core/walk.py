@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxpar.core import compat
+
 STAY = ("optimization_barrier", "scan", "while", "cond")  # XLA takes none of these out of a loop
 CALLS = ("jit", "pjit")
 Shares = Callable[[str, int], list[float] | None]  # as of `visits`
@@ -76,7 +78,7 @@ def _branches(equation, inner: list, cost: Callable, shares: Shares | None, time
 def _loop_around(equation, inner, loop: Loop) -> Loop:
     """The loop around a jaxpr within an equation that `loop` is around."""
     if equation.primitive.name == "scan":
-        return Loop(equation.params["length"], set(inner.invars[: equation.params["num_consts"]]))
+        return Loop(equation.params["length"], set(inner.invars[: compat.scan_counts(equation)[0]]))
     if equation.primitive.name not in CALLS:
         return NO_LOOP
     given = zip(inner.invars, equation.invars, strict=True)

@@ -10,7 +10,7 @@ from jaxpar.core import family
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Problem, near_miss
 from jaxpar.core.scheme import Scheme
-from jaxpar.plan import layout, remat, zero
+from jaxpar.plan import layout, offload, remat
 from jaxpar.plan.layout import Placement
 
 FIELD = {"embed": "model.width", "heads": "model.width", "mlp": "model.hidden", "channels": "model.hidden"}
@@ -25,16 +25,15 @@ LANDED = (
     "remat",
     "zero",
     "zero_group",
-    "zero_gather",
     "regather",
     "unroll",
+    "offload",
     "precision",
     "partition",
     "reducer",
 )
 CHOICES = {
     "storage": ("recompute", "residual"),
-    "zero_gather": zero.GATHERS,
     "unroll": ("auto", "true", "false"),
     "partition": ("manual", "auto"),
 }
@@ -54,6 +53,7 @@ def of_plan(plan: Plan) -> Iterator[Problem]:
             yield Problem(name, value, f"must be at least {least}.", str(least))
     yield from _of_auto(plan)
     yield from remat.of_plan(plan)
+    yield from offload.of_plan(plan)
     yield from _of_zero(plan)
     for field, folder in (("precision", "policies"), ("reducer", "reducers")):
         name = getattr(plan, field)
@@ -68,7 +68,6 @@ def _of_auto(plan: Plan) -> Iterator[Problem]:
     left = {
         "regather": "XLA decides what is gathered again",
         "reducer": "gradients arrive summed over data",
-        "zero_gather": "XLA decides when parameters are gathered",
         "pipe": "there is no axis for it: jaxpar plays its timetables inside `jax.shard_map`",
     }
     for field, why in left.items() if plan.partition == "auto" else ():
@@ -82,9 +81,6 @@ def _of_zero(plan: Plan) -> Iterator[Problem]:
     """The fields of ZeRO, as far as they can be judged without the scheme."""
     if plan.zero > 3:
         yield Problem("plan.zero", plan.zero, "is not a stage.", "0, 1, 2 or 3")
-    if plan.zero_gather != Plan.zero_gather and plan.zero != 3:
-        rule = f"says when stage 3 gathers parameters, and plan.zero = {plan.zero}."
-        yield Problem("plan.zero_gather", plan.zero_gather, rule, "zero_gather=block; or zero=3")
     if plan.zero_group > 0 and not plan.zero:
         rule = "says how many devices share out one copy, and plan.zero = 0."
         yield Problem("plan.zero_group", plan.zero_group, rule, "zero_group=0; or zero=1, 2 or 3")

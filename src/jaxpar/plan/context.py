@@ -11,6 +11,7 @@ from jaxpar.core.scheme import Axes
 from jaxpar.core.types import Context
 from jaxpar.plan import layout, remat
 from jaxpar.plan.layout import Layout
+from jaxpar.plan.offload import any_hosted, brought
 from jaxpar.plan.product import Settings, conv_of, dot_of, hold_of, local_ids, lookup_of, offset
 from jaxpar.plan.zero import fetched, gathers
 
@@ -143,13 +144,14 @@ def _block(settings: Settings):
             def body(x, xs):
                 layer, params, extra = xs
                 key = None if settings.key is None else jax.random.fold_in(settings.key, settings.first_layer + layer)
-                return apply(fetched(settings, params), extra, x, context(settings._replace(key=key)))
+                return apply(fetched(settings, brought(params)), extra, x, context(settings._replace(key=key)))
 
             count = jax.tree.leaves(params)[0].shape[0]
             xs = (jnp.arange(count), params, extra)
             if settings.train and settings.remat.kind != "none":
                 return remat.chain(settings.remat, body, x, xs, regather=settings.regather)
-            if not _unrolled(settings, count) or (count > 1 and not settings.unroll and gathers(params)):
+            again = gathers(params) or any_hosted(params)
+            if not _unrolled(settings, count) or (count > 1 and not settings.unroll and again):
                 return settings.wire.scan(settings.wire.regather(body) if settings.regather else body, x, xs)
             extras = []
             for layer in range(count):  # no regather here: outside a scan XLA merges the second gather with the first

@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core.cells import Order
 from jaxpar.core.plan import Plan
 from jaxpar.core.refuse import Collector, Problem, Refused, near_miss
-from jaxpar.plan import budget, revolve
+from jaxpar.plan import budget, offload, revolve
 from jaxpar.plan.wire import GATHERED
 
+INPUT = "input of a step"  # a name that no layer gives
 NAMES = ("none", "block", "dots", "names", "sqrt", "nested", "binomial", "budget")
 FORMS = {"names": "names:query+key", "nested": "nested:3", "binomial": "binomial:4", "budget": "budget:512MiB"}
 UNITS = {"": 1, "B": 1} | {f"{letter}{kind}": base**power for power, letter in enumerate("KMGT", 1)
@@ -33,11 +35,13 @@ class Remat(NamedTuple):
         kind: one of NAMES.
         names: of `names:...`, the activations that are kept.
         count: of `nested` the levels, of `binomial` the snapshots, of `budget` the bytes that a device may keep.
+        offload: whether what is kept lies on the host until it is needed again; of `block` and `names`.
     """
 
     kind: str = "none"
     names: tuple[str, ...] = ()
     count: int = 0
+    offload: bool = False
 
 
 NONE = Remat()
@@ -140,6 +144,8 @@ def chain(how: Remat, body: Callable, carry, xs, *, regather: bool):
         return revolve.chain(body, carry, xs, how.count)
     if how.kind == "nested":
         return _nested(body, carry, xs, how.count)
+    if how.offload:
+        return _on_host(how.names, body, carry, xs)
     everything = ungathered if regather else None
     return scan({"block": nothing, "dots": dots, "names": named(how.names)}.get(how.kind, everything), body, carry, xs)
 
@@ -155,6 +161,23 @@ def scan(saveable: Saveable | None, body: Callable, carry, xs):
     if saveable is None:
         return jax.lax.scan(body, carry, xs)
     return jax.lax.scan(jax.checkpoint(body, policy=saveable, prevent_cse=False), carry, xs)
+
+
+def _on_host(names: tuple[str, ...], body: Callable, carry, xs):
+    """As `scan` that keeps the inputs of steps and the activations called `names`, all of it on the host."""
+    if _length(xs) == 1:
+        return scan(None, body, carry, xs)
+    saveable = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[INPUT, *names],
+        offload_src="device",
+        offload_dst=offload.HOST,
+    )
+
+    def step(carry, xs):
+        return body(jax.tree.map(lambda leaf: checkpoint_name(leaf, INPUT) if leaf.ndim else leaf, carry), xs)
+
+    return jax.lax.scan(jax.checkpoint(step, policy=saveable, prevent_cse=False), carry, xs)
 
 
 def _nested(body: Callable, carry, xs, levels: int):

@@ -16,8 +16,8 @@ from jaxpar.core import compat
 from jaxpar.core.cost import Cost, wire_bytes
 from jaxpar.core.scheme import Axes
 
-# Primitives whose results are not kept: gathers, and what would keep one under another shape.
-GATHERED = ("all_gather", "all_gather_invariant", "all_gather_reduced", "reshape", "broadcast_in_dim")
+# Primitives whose results are not kept: gathers, what comes from the host, and what would keep one under another shape.
+GATHERED = ("all_gather", "all_gather_invariant", "all_gather_reduced", "device_put", "reshape", "broadcast_in_dim")
 
 
 class Wire(NamedTuple):

@@ -20,8 +20,6 @@ from jaxpar.plan import layout, padding
 from jaxpar.plan.layout import Layout, Placement
 from jaxpar.plan.wire import Wire, device_wire
 
-GATHERS = ("block", "step")
-
 
 class Rest(NamedTuple):
     """How a parameter rests.
@@ -50,13 +48,13 @@ class Zero(NamedTuple):
 
     Attributes:
         stage: 0 to 3.
-        gather: when stage 3 gathers parameters: at every entry of a `block`, forward and back, or once per `step`.
+        once: whether stage 3 gathers parameters once per step, rather than for each block, forward and back.
         axes: over which state is split.
         rests: a `Rest` for each parameter.
     """
 
     stage: int
-    gather: str
+    once: bool
     axes: Axes
     rests: Tree
 
@@ -88,14 +86,14 @@ class Resting:
     rest: Rest
 
 
-NONE = Zero(0, "block", (), None)
+NONE = Zero(0, False, (), None)
 
 
 def zero_of(plan: Plan, placement: Placement, dims: Tree, shapes: Tree) -> Zero:
     """The ZeRO that a plan asks for.
 
     Args:
-        plan: `zero`, `zero_group` and `zero_gather`.
+        plan: `zero`, `zero_group` and `regather`.
         placement: where parameters lie without it.
         dims: tree of dim strings.
         shapes: tree of what has a shape: that on disk.
@@ -105,7 +103,7 @@ def zero_of(plan: Plan, placement: Placement, dims: Tree, shapes: Tree) -> Zero:
     """
     axes = _axes(plan, placement)
     rests = jax.tree.map(lambda words, leaf: _rest(placement, words, leaf.shape, axes), dims, shapes)
-    return Zero(plan.zero, plan.zero_gather, axes, rests)
+    return Zero(plan.zero, not plan.regather, axes, rests)
 
 
 def _axes(plan: Plan, placement: Placement) -> Axes:
@@ -145,7 +143,7 @@ def entered(settings, params: Tree) -> Tree:
             return leaf
         if zero.stage == 2:
             return Resting(_own_part(wire, rest, leaf), leaf, rest)
-        return Resting(leaf, _gathered(settings, rest, leaf) if zero.gather == "step" else None, rest)
+        return Resting(leaf, _gathered(settings, rest, leaf) if zero.once else None, rest)
 
     return params if zero.rests is None else jax.tree.map(enter, zero.rests, params, is_leaf=_is_rest)
 

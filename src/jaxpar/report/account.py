@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxpar.core import compat
 from jaxpar.core.cost import Cost
 from jaxpar.core.scheme import Axes
 from jaxpar.plan import layout, padding, zero
@@ -75,7 +76,7 @@ def pool_bytes(parts: Parts, trace=None) -> int:
     if loop is None:
         return 0
     others = len(jax.tree.leaves(parts.model.dims)) + 1
-    carried = loop.outvars[: loop.params["num_carry"]][:-others]
+    carried = loop.outvars[: compat.scan_counts(loop)[1]][:-others]
     return sum(var.aval.size * var.aval.dtype.itemsize for var in carried)
 
 

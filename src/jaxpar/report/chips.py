@@ -29,6 +29,7 @@ class Chip(NamedTuple):
         shapes: tori that can be had; with `CUBES` also those whose dims are all multiples of 4. Empty for GPUs.
         most: chips that links join: of a pod, or around a switch.
         network: bytes per second that each chip's share of the network between slices or hosts carries, one way.
+        host: bytes per second between a chip and the memory of its host, one way.
         clock: cycles per second of the core that the compiler's cycle counts are of.
         assumed: whether `clock` is our assumption, so that times serve to compare programs on this chip alone.
         cores: devices that jax counts for a chip.
@@ -51,6 +52,7 @@ class Chip(NamedTuple):
     shapes: tuple[str, ...] = ()
     most: int = 1
     network: float | None = None
+    host: float | None = None
     clock: float | None = None
     assumed: bool = False
     cores: int = 1
@@ -65,6 +67,7 @@ GOOGLE = "Google Cloud documentation, TPU "
 BOOK = "Austin et al., How to Scale Your Model, "
 PRICE = BOOK + "part 8, 2025-02"
 PER_LINK = ", bidirectional bandwidth per chip over 2 x links"
+PCIE = BOOK + "part 2: PCIe, 16 GB/s each way, on v6e 32"
 DGX = BOOK + "part 12: DGX SuperPOD, one 400 Gbit/s NIC per GPU"
 
 CHIPS = (
@@ -81,8 +84,10 @@ CHIPS = (
         shapes=CUBES,
         most=4096,
         network=2.5e10 / 4,
+        host=16e9,
         clock=1.05e9,
         sources={
+            "host": PCIE,
             "*": GOOGLE + "v4",
             "link": BOOK + "part 2",
             "network": BOOK + "part 2: 2.5e10 per host of 4",
@@ -102,11 +107,13 @@ CHIPS = (
         shapes=SQUARES,
         most=256,
         network=6.4e12 / 8 / 256,
+        host=16e9,
         clock=1.5e9,
         price=1.2,
         near=117_440_512,
         sources={
             "near": ASSIGNED,
+            "host": PCIE,
             "*": GOOGLE + "v5e",
             "link": GOOGLE + "v5e" + PER_LINK,
             "network": GOOGLE + "v5e: 6.4 Tbit/s per pod of 256",
@@ -128,11 +135,13 @@ CHIPS = (
         shapes=CUBES,
         most=8960,
         network=50e9 / 8,
+        host=16e9,
         clock=459e12 / (8 * 128**2 * 2),
         price=4.2,
         near=48_627_712,
         sources={
             "near": ASSIGNED,
+            "host": PCIE,
             "*": GOOGLE + "v5p",
             "link": GOOGLE + "v5p" + PER_LINK,
             "clock": "follows from the peak: 8 units of 128 x 128 multiply and add in each cycle",
@@ -152,10 +161,17 @@ CHIPS = (
         shapes=SQUARES,
         most=256,
         network=100e9 / 8,
+        host=32e9,
         clock=1.75e9,
         assumed=True,
         near=96_837_632,
-        sources={"near": ASSIGNED, "*": GOOGLE + "v6e", "link": GOOGLE + "v6e" + PER_LINK, "clock": "assumed: as v5p"},
+        sources={
+            "*": GOOGLE + "v6e",
+            "link": GOOGLE + "v6e" + PER_LINK,
+            "clock": "assumed: as v5p",
+            "host": PCIE,
+            "near": ASSIGNED,
+        },
     ),
     Chip(
         name="tpu7x",
@@ -187,6 +203,7 @@ CHIPS = (
         links=12,
         most=8,
         network=200e9 / 8,
+        host=64e9 / 2,
         sources={
             "*": "NVIDIA A100 datasheet, SXM 80GB",
             "link": BOOK + "part 12",
@@ -200,6 +217,7 @@ CHIPS = (
         sparse={"bf16": 1513e12},
         memory=80e9,
         memory_rate=2e12,
+        host=128e9 / 2,
         sources={"*": "NVIDIA H100 datasheet"},
     ),
     Chip(
@@ -209,6 +227,7 @@ CHIPS = (
         sparse={"bf16": 1671e12},
         memory=94e9,
         memory_rate=3.9e12,
+        host=128e9 / 2,
         sources={"*": "NVIDIA H100 datasheet"},
     ),
     Chip(
@@ -222,6 +241,7 @@ CHIPS = (
         links=18,
         most=8,
         network=400e9 / 8,
+        host=128e9 / 2,
         price=10.8,
         sources={"*": "NVIDIA H100 datasheet, SXM", "network": DGX, "price": PRICE},
     ),
@@ -236,6 +256,7 @@ CHIPS = (
         links=18,
         most=8,
         network=400e9 / 8,
+        host=128e9 / 2,
         sources={"*": "NVIDIA H200 datasheet, SXM", "network": DGX},
     ),
     Chip(

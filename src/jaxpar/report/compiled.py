@@ -3,14 +3,14 @@
 import importlib.metadata
 import math
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from jaxpar.core.cost import Cost
 from jaxpar.core.refuse import Problem, Refused
 from jaxpar.plan import mesh as meshes
-from jaxpar.report import bill, estimate, flops, hlo, hlo_flops, memory, topology
+from jaxpar.report import estimate, flops, hlo, hlo_flops, hostlink, memory, topology
 from jaxpar.report.estimate import Played, Rates, Reader
 from jaxpar.report.hlo import How
 from jaxpar.report.hlo_text import parse
@@ -44,10 +44,11 @@ class Compiled(NamedTuple):
         model_flops: a device's part of the model's own.
         arguments, outputs, aliased, temporary, code: bytes, of XLA's `memory_analysis`; `aliased` are arguments that
             outputs are written over.
+        host: bytes that rest on the host, or are there for a while; none of the device's.
         peak: bytes, as XLA states it; on a TPU the memory beside the core counts as well. None if it does not.
         lost: bytes of `temporary` that need not be there, see `memory.lost`.
         room: bytes that a device has.
-        state: bytes of the state from shapes alone, all of which should be `aliased`.
+        state: bytes of the state on the device, from shapes alone, all of which should be `aliased`.
         started: bytes that are sent while the device may go on.
         beside: bytes sent while it does: with products or cycles between start and end.
         sending: seconds that links are busy, one collective after the other; None if nobody says how fast they are.
@@ -70,6 +71,7 @@ class Compiled(NamedTuple):
     aliased: int
     temporary: int
     code: int
+    host: int
     peak: int | None
     lost: int
     room: float | None
@@ -91,11 +93,6 @@ class Compiled(NamedTuple):
     def fits(self) -> bool | None:
         """Whether that is less than a device has; None if nobody says what it has."""
         return None if self.room is None else self.held <= self.room
-
-    @property
-    def seconds(self) -> float | None:
-        """The estimated step."""
-        return self.played.seconds if self.played else None
 
 
 def compile_for(parts: Parts, where: Topology) -> Compiled:
@@ -158,10 +155,11 @@ def read(
         aliased=stats.alias_size_in_bytes,
         temporary=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
+        host=hostlink.stated(stats),
         peak=getattr(stats, "peak_memory_in_bytes", None),
         lost=memory.lost(stats, where.platform if where else "cpu"),
         room=where.memory if where else None,
-        state=sum(_size(leaf) for leaf in jax.tree.leaves(made.shapes)),
+        state=sum(_size(leaf) for leaf in jax.tree.leaves(made.shapes)) - stats.host_alias_size_in_bytes,
         started=played.started,
         beside=played.beside,
         sending=played.sending if where else None,
@@ -214,27 +212,6 @@ def rates_of(axes: dict[str, int], where: Topology) -> Rates:
         return chip.network * (1 if kind == "permute" else members)
 
     return Rates(chip.clock or math.inf, chip.memory_rate, torus if chip.torus else switch, HOP)
-
-
-def as_json(found: Compiled) -> dict[str, Any]:
-    """The same as plain values: bytes by mesh axes and by collective, and figures that belong together in one dict."""
-    played, names = found.played, ("seconds", "compute", "kernels", "exposed", "fetching", "idle")
-    memory = ("arguments", "outputs", "aliased", "temporary", "lost", "code", "held", "peak", "room", "state")
-    return {
-        "target": found.target,
-        "devices": found.devices,
-        "compiler": found.compiler,
-        "compile_seconds": found.compile_seconds,
-        "comm": bill.by_axis(Cost(found.sent)),
-        "flops": {"model": found.model_flops, "executed": found.flops},
-        "memory": {name: getattr(found, name) for name in memory},
-        "fits": found.fits,
-        "overlap": {"started": found.started, "beside": found.beside, "provisional": found.provisional},
-        "sending": found.sending,
-        "estimate": {name: getattr(played, name) for name in names} if played else None,
-        "mfu": found.mfu,
-        "warnings": [*found.warnings],
-    }
 
 
 def differences(predicted: Cost, found: Compiled) -> list[str]:

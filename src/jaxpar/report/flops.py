@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxpar.core import products
+from jaxpar.core import compat, products
 from jaxpar.core.walk import jaxprs
 from jaxpar.plan.layout import SINGLE
 from jaxpar.plan.wire import device_wire
@@ -49,7 +49,7 @@ def _of_one(equation, on: list[bool]) -> tuple[float, list[bool]]:
     if not inner:
         return products.of(equation) * (1 + sum(on)), [any(on)] * len(equation.outvars)
     if equation.primitive.name == "scan":
-        consts, carry = equation.params["num_consts"], equation.params["num_carry"]
+        consts, carry = compat.scan_counts(equation)
         while True:  # what a trip makes of the carry, the next one takes
             done, results = _trained(inner[0], on)
             joined = [*on[:consts], *map(max, on[consts : consts + carry], results[:carry]), *on[consts + carry :]]

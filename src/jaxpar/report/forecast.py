@@ -9,7 +9,7 @@ import jax
 from jaxpar.core.cost import Cost
 from jaxpar.core.makespan import Times, makespan
 from jaxpar.core.plan import Plan
-from jaxpar.report import account, bill, compiled, flops, memory
+from jaxpar.report import account, bill, compiled, flops, hostlink, memory
 from jaxpar.report.backends import RULES
 from jaxpar.report.columns import aligned
 from jaxpar.report.compiled import Compiled
@@ -47,6 +47,8 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
             most. `predicted` is None where XLA decides the collectives.
         memory: bytes that a device holds, by category and in `total`, see `memory.predicted`. Where XLA decides the
             collectives, without activations.
+        host: None if nothing is offloaded; else what goes over the link to the host, see `hostlink.as_json`; `seconds`
+            where `where` has chips whose maker states how fast it is.
         fits: False if a device of `where` has too little memory for what is certain; else None until compiled.
         compiled: see `with_compiled`.
         warnings: sentences.
@@ -80,12 +82,10 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
         "pipeline": pipeline,
         "comm": {"predicted": bill.by_axis(account.predicted(parts, trace)) if manual else None, "compiled": None},
         "memory": {"predicted": held, "compiled": None},
+        "host": _over_the_link(parts, held, where, trace) if parts.offload else None,
         "fits": False if where and _least(held, where) > where.memory else None,
         "compiled": None,
-        "warnings": [
-            *_warnings(plan, parts),
-            *([FOLLOWED] if where and where.platform not in RULES and manual else []),
-        ],
+        "warnings": _warnings(plan, parts, where),
     }
 
 
@@ -93,6 +93,11 @@ def _least(held: dict[str, Any], where: Topology) -> float:
     """Bytes that a device must have at least: where the compiler is followed, the total less what that may be off."""
     certain = sum(held[name] for name in CERTAIN if name in held)
     return max(certain, (held["total"] or 0) * (1 - OFF)) if where.platform in RULES else certain
+
+
+def _over_the_link(parts: Parts, held: dict, where: Topology | None, trace) -> dict[str, Any]:
+    resting = memory.held(parts)[memory.HOST]
+    return hostlink.as_json(hostlink.moved(parts, resting, trace), where and where.chip.host)
 
 
 def with_compiled(found: dict[str, Any], made: Compiled) -> dict[str, Any]:
@@ -105,6 +110,7 @@ def with_compiled(found: dict[str, Any], made: Compiled) -> dict[str, Any]:
     """
     sent = bill.by_axis(Cost(made.sent))
     held = {name: getattr(made, name) for name in ("arguments", "outputs", "aliased", "temporary", "lost", "code")}
+    held |= {memory.HOST: made.host} if made.host else {}
     causes = ("seconds", "compute", "kernels", "exposed", "fetching", "idle")
     played = made.played and {name: getattr(made.played, name) for name in causes} | {"mfu": made.mfu}
     own = {"target": made.target, "compiler": made.compiler, "compile_seconds": made.compile_seconds}
@@ -167,7 +173,7 @@ def _blocks(parts: Parts) -> list[int]:
     return [sum(piece.count for piece in stage) for stage in parts.pipeline.division.stages]
 
 
-def _warnings(plan: Plan, parts: Parts) -> list[str]:
+def _warnings(plan: Plan, parts: Parts, where: Topology | None) -> list[str]:
     found, blocks = [], _blocks(parts)
     if plan.microbatches < plan.pipe:
         found.append(f"{plan.microbatches} microbatches never keep {plan.pipe} devices of a pipeline busy at once")
@@ -175,6 +181,8 @@ def _warnings(plan: Plan, parts: Parts) -> list[str]:
         found.append(f"stages have {', '.join(map(str, blocks))} blocks: all wait for the largest")
     if parts.partition == "auto":
         found.append("partition=auto: XLA decides the collectives, so what is sent is known only once compiled")
+    elif where and where.platform not in RULES:
+        found.append(FOLLOWED)
     return found
 
 
@@ -209,9 +217,12 @@ def _figures(found: dict[str, Any]) -> str:
     rows.append(("flops", "executed", found["flops"]["executed"], found["flops"]["compiled"]))
     rows += _sent(*(found["comm"][name] for name in ("predicted", "compiled")))
     held, said = (found["memory"][name] for name in ("predicted", "compiled"))
-    rows += [("bytes held", name, size, None) for name, size in held.items() if name != "total"]
-    rows += [("bytes held", name, None, size) for name, size in (said or {}).items() if name != "total"]
+    both_say = ("total", memory.HOST)
+    rows += [("bytes held", name, size, None) for name, size in held.items() if name not in both_say]
+    rows += [("bytes held", name, None, size) for name, size in (said or {}).items() if name not in both_say]
     rows.append(("bytes held", "total", held["total"], said and said["total"]))
+    if found["host"]:
+        rows.append(("bytes on the host", "", held[memory.HOST], said and said.get(memory.HOST)))
     head = ("per device and step", "", "predicted", *(("compiled", "compiled / predicted") if both else ()))
     cells = []
     for *named, before, after in rows:
@@ -250,7 +261,9 @@ def _ratio(before: float | None, after: float | None) -> str:
 
 
 def _own(found: dict[str, Any]) -> Iterable[str]:
-    """What only the compiled program says, and whether it all fits."""
+    """What goes to the host and back, what only the compiled program says, and whether it all fits."""
+    if found["host"]:
+        yield aligned(("", ""), hostlink.text(found["host"])).strip("\n")
     if made := found["compiled"]:
         done = "simulated devices" if made["target"] == "cpu" else f"{made['target']}, not run"
         rows = [("compiled for", f"{done}, by {made['compiler']} in {made['compile_seconds']:.1f} s")]

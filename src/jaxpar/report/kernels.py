@@ -76,10 +76,11 @@ def empty(rules: Rules = CPU) -> Graph:
 
 
 def value(graph: Graph, aval) -> int:
-    """A new value of a shape and type."""
+    """A new value of a shape and type; one on the host takes no memory of the device."""
     shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
     key = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
-    graph.sizes.append(math.prod(shape) * (8 if key else dtype.itemsize) if dtype is not None else 0)
+    here = dtype is not None and getattr(aval, "memory_space", None) != jax.memory.Space.Host
+    graph.sizes.append(math.prod(shape) * (8 if key else dtype.itemsize) if here else 0)
     graph.counts.append(math.prod(shape))
     return len(graph.sizes) - 1
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from jax.core import ShapedArray
 
+from jaxpar.core import compat
 from jaxpar.report import fusion, kernels, packing, rounding
 from jaxpar.report.backends import CPU, Rules
 from jaxpar.report.fusion import Kernels
@@ -157,7 +158,7 @@ def _moments(graph: Graph, made: Kernels, inside: dict[int, Run], ends: tuple) -
         if op.name == "cond":  # until then, what it gives is counted inside
             born.update(dict.fromkeys(op.makes, start[kernel] + length[kernel] - 1))
         if op.name == "scan" and graph.rules.filled:  # what each trip adds to is made as zeros, which wait for nothing
-            born.update(dict.fromkeys(op.makes[op.equation.params["num_carry"] :], 0))
+            born.update(dict.fromkeys(op.makes[compat.scan_counts(op.equation)[1] :], 0))
     last.update(dict.fromkeys(results, sum(length.values()) + 1))
     dead = {one: last[one] for one in born}
     for kernel in order:
@@ -178,7 +179,7 @@ def _over(graph: Graph, op: Op) -> bool:
 
 def _carried(op: Op) -> tuple[int, ...]:
     """What a loop carries lies where it lay before the loop."""
-    return op.makes[: op.equation.params["num_carry"]] if op.name == "scan" else ()
+    return op.makes[: compat.scan_counts(op.equation)[1]] if op.name == "scan" else ()
 
 
 def _copies(graph: Graph, made: Kernels, when: Moments, homes: dict[int, int]) -> dict[int, int]:
@@ -255,9 +256,8 @@ def _trip(equation, rules: Rules) -> Run:
 
     What is carried is written to where it lies, from a copy if the old is still read.
     """
-    jaxpr, consts, carries = (equation.params[name] for name in ("jaxpr", "num_consts", "num_carry"))
-    graph, first = empty(rules), consts + carries
-    given = [value(graph, var.aval) for var in jaxpr.jaxpr.invars]
+    jaxpr, graph, (consts, carries) = equation.params["jaxpr"], empty(rules), compat.scan_counts(equation)
+    given, first = [value(graph, var.aval) for var in jaxpr.jaxpr.invars], consts + carries
     cut = [
         add(graph, "dynamic_slice", (stack,), equation, False, (var.aval,))[0]
         for stack, var in zip(given[first:], jaxpr.jaxpr.invars[first:], strict=True)

@@ -8,15 +8,19 @@ import jax
 from jaxpar.core.types import State
 from jaxpar.plan import layout, padding
 from jaxpar.plan.layout import Layout, Placement
-from jaxpar.report import account, liveness, machine
+from jaxpar.report import account, hostlink, liveness, machine
 from jaxpar.report.backends import CPU, RULES, Rules
 from jaxpar.report.liveness import Peak
 from jaxpar.step.parts import Parts
 from jaxpar.step.program import optimizer_places, traced, updated
 
+HOST = "host"  # the category of what rests there
+
 
 def held(parts: Parts) -> dict[str, int]:
     """Bytes that one device holds during a step, by category; activations come on top. Needs no devices.
+
+    What a plan offloads is in `host`, a category of its own, and not among the device's.
 
     Gradients are as large as parameters, or under ZeRO from stage 2 on as the part that a device owns; the state is
     donated, so it is there once.
@@ -32,13 +36,25 @@ def held(parts: Parts) -> dict[str, int]:
     own, gradients, moments = (_counts(placement, params, parts.settings.zero.layouts(since)) for since in (3, 2, 1))
     state = jax.tree.map(lambda words: _count(placement, layout.weight(placement, words)), model.dims[1])
     rows = layout.size(placement.scheme, layout.rows(placement, "batch", "-"))
+    here = {
+        "parameters": _split(own, params, "parameters" in parts.offload),
+        "optimizer": _split(
+            optimizer_places(parts.optimizer, opt, params, moments, 1), opt, "optimizer" in parts.offload
+        ),
+    }
     return {
-        "parameters": _bytes(own, params),
+        "parameters": here["parameters"][0],
         "gradients": _bytes(gradients, params),
-        "optimizer": _bytes(optimizer_places(parts.optimizer, opt, params, moments, 1), opt),
+        "optimizer": here["optimizer"][0],
         "state": _bytes(state, extra) + sum(map(_size, jax.tree.leaves(comm))),
         "batch": sum(_size(a) // rows for a in (parts.inputs, parts.labels)),
+        **({HOST: sum(there for _, there in here.values())} if parts.offload else {}),
     }
+
+
+def on_device(bytes_held: dict[str, int]) -> int:
+    """The sum of all categories but what rests on the host."""
+    return sum(size for name, size in bytes_held.items() if name != HOST)
 
 
 def predicted(parts: Parts, trace=None, backend: str = "cpu", near: int | None = None) -> dict[str, int]:
@@ -58,16 +74,19 @@ def predicted(parts: Parts, trace=None, backend: str = "cpu", near: int | None =
         parameters, gradients, optimizer, state, batch: as of `held`.
         activations: what is kept from forward to backward operations: of a pipeline, the pools of its timetable.
         transient: whatever else is there when most is there.
+        host: what rests on the host; of activations, what one microbatch keeps there. Only where a plan offloads.
         total: all that must be there at once. Gradients come while activations go, so it may be less than the sum.
     """
     jaxpr = trace or traced(parts)
     rules = RULES.get(backend, CPU)
     peak, known = _peak(parts, jaxpr, rules if near is None else rules._replace(near=near)), held(parts)
+    if parts.offload:
+        known |= {HOST: known[HOST] + hostlink.lent(parts, jaxpr)}
     kept = min(peak.kept if parts.pipeline.plain else account.pool_bytes(parts, jaxpr), peak.bytes)
     return known | {
         "activations": kept,
         "transient": max(0, peak.bytes - kept - known["gradients"]),
-        "total": sum(known.values()) - known["gradients"] + peak.bytes,
+        "total": on_device(known) - known["gradients"] + peak.bytes,
     }
 
 
@@ -132,6 +151,21 @@ def _counts(placement: Placement, like, layouts):
 
 def _count(placement: Placement, lies: Layout) -> int:
     return layout.size(placement.scheme, layout.axes_of(lies))
+
+
+def _split(counts, tree, offloaded: bool) -> tuple[int, int]:
+    """`_bytes` on the device and on the host: of what is offloaded, single numbers stay."""
+    there = jax.tree.map(lambda leaf: bool(offloaded and leaf.ndim), tree)
+    whole, rest = (
+        _bytes(counts, tree),
+        jax.tree.map(lambda away, leaf: leaf if not away else _nothing(leaf), there, tree),
+    )
+    here = _bytes(counts, rest)
+    return here, whole - here
+
+
+def _nothing(leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((0,), leaf.dtype)
 
 
 def _bytes(counts, tree) -> int:

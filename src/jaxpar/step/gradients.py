@@ -11,7 +11,7 @@ from jax import lax
 from jaxpar.core import compat
 from jaxpar.core.timetable import Timetable
 from jaxpar.core.types import Layer, Part, Reducer, Tree
-from jaxpar.plan import layout, zero
+from jaxpar.plan import layout, offload, zero
 from jaxpar.plan.context import Settings
 from jaxpar.plan.layout import PIPE
 from jaxpar.step.executor import Carry, play
@@ -70,13 +70,14 @@ def gradients(
     params, extra, comm = state
     count = jnp.maximum(labelled(settings, batch[1]), 1)
     replicas = layout.replicas(settings.placement)
-    varied = zero.entered(settings, jax.tree.map(lambda leaf: compat.vary(leaf, replicas), params))
+    varied = jax.tree.map(lambda leaf: compat.vary(leaf, replicas), params)
+    entered = zero.entered(settings, offload.entered(model.dims[0], varied))
 
     def loss(ctx, logits, labels):
         return _share(settings, ctx.cross_entropy(logits, labels).sum()) / count
 
     manner = Manner(True, pipeline.storage, _examples(settings, batch), loss)
-    done = _played(model, pipeline, settings._replace(key=key), manner, (varied, extra, batch))
+    done = _played(model, pipeline, settings._replace(key=key), manner, (entered, extra, batch))
     found, comm = reducer.reduce(_summed(model, pipeline, done.total), comm, partial(zero.summed, settings))
     new = _from_owners(model, pipeline, done.extra)
     return Found(lax.psum(done.loss, compat.varying_axes(done.loss)), found, new, comm)
@@ -92,7 +93,7 @@ def evaluate(model: Layer, pipeline: Pipeline, settings: Settings, params, extra
         return _share(settings, ctx.cross_entropy(logits, labels).sum())
 
     manner = Manner(False, pipeline.storage, _examples(settings, batch), loss)
-    entered = zero.entered(settings, params)
+    entered = zero.entered(settings, offload.entered(model.dims[0], params))
     done = _played(model, pipeline, settings._replace(train=False), manner, (entered, extra, batch))
     return lax.psum(done.loss, compat.varying_axes(done.loss)), labelled(settings, batch[1])
 
@@ -105,7 +106,7 @@ def _played(model: Layer, pipeline: Pipeline, settings: Settings, manner: Manner
     if not model.parts:  # one stage of one nameless part
         params, extra = {"": params}, {"": extra}
     found = score(table, pipeline.division.stages, settings, manner, (params, extra, batch))
-    done = play(found, params, extra, batch, zero.nothing_found(params) if manner.learn else None)
+    done = play(found, params, extra, batch, zero.nothing_found(offload.apart(params)[0]) if manner.learn else None)
     return done if model.parts else done._replace(total=done.total and done.total[""], extra=done.extra[""])
 
 

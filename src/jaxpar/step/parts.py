@@ -13,7 +13,7 @@ from jaxpar.core.recipe import Model, Recipe
 from jaxpar.core.refuse import Collector, Problem, refuse
 from jaxpar.core.timetable import timetable
 from jaxpar.core.types import Dataset, Layer, Reducer
-from jaxpar.plan import check, layout, remat
+from jaxpar.plan import check, layout, offload, remat
 from jaxpar.plan.context import Settings
 from jaxpar.plan.layout import SINGLE, Placement
 from jaxpar.plan.wire import device_wire
@@ -31,6 +31,8 @@ class Parts(NamedTuple):
     Attributes:
         model: from inputs to logits.
         optimizer: clipping and the optimizer, chained, on global arrays.
+        links: what is chained there.
+        offload: what rests on the host, as `plan/offload.py` parses it.
         reducer: how gradients are summed over data.
         settings: what the Context is made of.
         norms: how often a step takes the norm of all gradients: to report it, and to clip.
@@ -44,6 +46,8 @@ class Parts(NamedTuple):
 
     model: Layer
     optimizer: optax.GradientTransformation
+    links: tuple[optax.GradientTransformation, ...]
+    offload: frozenset[str]
     reducer: Reducer
     settings: Settings
     norms: int
@@ -108,14 +112,17 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
         zero=zero_of(plan, placement, model.dims[0], _shapes(model)[0]),
         unroll={"true": True, "false": False, "auto": None}[plan.unroll],
         regather=plan.regather,
-        remat=remat.parse(plan.remat),
+        remat=remat.parse(plan.remat)._replace(offload="activations" in offload.parse(plan.offload)),
     )
     refuse(checks.other_data(recipe, model, settings, (inputs, labels)))
     refuse(checks.unknown_activations(recipe, model, settings, (inputs, labels)))
     reducer = family.pick("reducers", plan.reducer)()
+    links = optimizer_links(recipe, model)
     return Parts(
         model=model,
-        optimizer=optimizer(recipe, model),
+        optimizer=optax.chain(*links) if len(links) > 1 else links[0],
+        links=links,
+        offload=offload.parse(plan.offload),
         reducer=reducer,
         settings=settings,
         norms=1 + bool(recipe.clip),
@@ -162,7 +169,7 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
         if inputs or "example" not in family.parameters(builder):
             model = found.attempt(builder, **fields)
     order = found.attempt(order_of, recipe.plan)
-    found.problems.extend(remat.of_order(recipe.plan, order) if order else ())
+    found.problems.extend([*remat.of_order(recipe.plan, order), *offload.of_order(recipe.plan, order)] if order else ())
     division = None
     if order and model:
         division = found.attempt(_divided, recipe, model, order, inputs)
@@ -237,12 +244,12 @@ def learning_rate(recipe: Recipe) -> optax.Schedule:
     )
 
 
-def optimizer(recipe: Recipe, model: Layer) -> optax.GradientTransformation:
-    """Clipping, then the optimizer; only matrices decay."""
+def optimizer_links(recipe: Recipe, model: Layer) -> tuple[optax.GradientTransformation, ...]:
+    """Clipping, if there is any, then the optimizer; only matrices decay."""
     decayed = jax.tree.map(lambda words: len(words.replace("layers ", "").split()) > 1, model.dims[0])
     make = family.pick("optimizers", recipe.optimizer, "optimizer")
     update = make(learning_rate(recipe), recipe.weight_decay, decayed)
-    return optax.chain(optax.clip_by_global_norm(recipe.clip), update) if recipe.clip else update
+    return (optax.clip_by_global_norm(recipe.clip), update) if recipe.clip else (update,)
 
 
 def _in_recipe(problem: Problem) -> Problem:

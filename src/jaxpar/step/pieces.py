@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxpar.core import compat
 from jaxpar.core.types import Tree
-from jaxpar.plan import zero
+from jaxpar.plan import offload, zero
 from jaxpar.plan.context import Settings, context
 from jaxpar.step import stages
 from jaxpar.step.cut import Value, cut, trace
@@ -159,9 +159,11 @@ def back_and_forth(settings: Settings, forward: Forward) -> Callable[[Given], Ma
 
     def whole(given: Given) -> Made:
         trained, other = zero.apart(settings, given.own)
+        trained, arrays = offload.apart(trained)
 
         def run(own, backward, x):
-            return forward(given._replace(own=zero.together(own, other), backward=backward, x=x))
+            own = zero.together(offload.together(own, arrays), other)
+            return forward(given._replace(own=own, backward=backward, x=x))
 
         out, pull, new = jax.vjp(run, trained, given.backward, given.x, has_aux=True)
         own, backward, x = pull(given.seed)

@@ -14,12 +14,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpar.core import compat
 from jaxpar.core.types import State
 from jaxpar.plan import mesh as meshes
-from jaxpar.plan import padding
+from jaxpar.plan import offload, padding
 from jaxpar.plan.layout import Placement, rows
 from jaxpar.plan.product import Settings
 from jaxpar.step.gradients import Found, evaluate, gradients
 from jaxpar.step.partition import partition
 from jaxpar.step.parts import Parts
+from jaxpar.step.stream import Descent, descent
 
 
 class Program(NamedTuple):
@@ -73,20 +74,14 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
 
     plain = jax.eval_shape(partial(_born, parts), 0)
     specs = _state_places(parts, plain, (param_specs, moment_specs), extra_specs, PartitionSpec())
-    shardings = meshes.shardings(mesh, specs)
+    shardings = _at_rest(parts.offload, meshes.shardings(mesh, specs), plain)
     shapes = jax.tree.map(_struct, plain, shardings)
     unpadded = jax.eval_shape(lambda seed: _state(parts, *model.init(jax.random.key(seed))), 0)
+    words = _state_places(parts, shapes, (model.dims[0],) * 2, model.dims[1], "")
     found = _gradients(parts, settings, spread)
-
-    moments = meshes.shardings(mesh, moment_specs)
-
-    def resting(state):  # so that each device updates the part of which it holds the optimizer's state
-        return state._replace(params=jax.lax.with_sharding_constraint(state.params, moments))
-
-    def step(state, batch):
-        new = found(state.params, state.extra, state.comm, batch, state.step)
-        state, metrics = updated(parts.optimizer, new, resting(state))
-        return resting(state), metrics
+    stream = None
+    if parts.offload & {"parameters", "optimizer"}:
+        stream = descent(parts.links, mesh, words, specs._replace(params=moment_specs))
 
     measured = spread(
         partial(evaluate, model, parts.pipeline, settings),
@@ -99,21 +94,56 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
         shapes=shapes,
         unpadded=unpadded,
         placement=placement,
-        words=_state_places(parts, shapes, (model.dims[0],) * 2, model.dims[1], ""),
+        words=words,
         init=lambda: jax.jit(partial(_born, parts), out_shardings=shardings, compiler_options=_once(mesh))(
             np.uint32(parts.seed)
         ),
         batch=tuple(map(_struct, _batch_shapes(parts), meshes.shardings(mesh, batch_specs))),
         place=partial(_place, parts.microbatches, meshes.shardings(mesh, batch_specs)),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)),
+        step=jax.jit(
+            _step(parts, found, meshes.shardings(mesh, moment_specs), stream),
+            donate_argnums=0,
+            out_shardings=(shardings, whole),
+        ),
         evaluate=jax.jit(measured),
         gradients=jax.jit(lambda state, batch: Found(*found(state.params, state.extra, state.comm, batch, state.step))),
     )
 
 
-def updated(optimizer: optax.GradientTransformation, found: tuple, state: State) -> tuple[State, dict]:
-    """The second half of a step: (new state, metrics), from a `Found` as a tuple and the old state."""
+def _step(parts: Parts, found: Callable, moments, stream: Descent | None) -> Callable:
+    """`step(state, batch) -> (state, metrics)`, where `moments` are the shardings of what follows the parameters."""
+
+    def resting(state):  # so that each device updates the part of which it holds the optimizer's state
+        if "parameters" in parts.offload:  # they lie there already
+            return state
+        return state._replace(params=jax.lax.with_sharding_constraint(state.params, moments))
+
+    def step(state, batch):
+        new = found(state.params, state.extra, state.comm, batch, state.step)
+        state, metrics = updated(parts.optimizer, new, resting(state), stream)
+        return resting(state), metrics
+
+    return step
+
+
+def updated(
+    optimizer: optax.GradientTransformation, found: tuple, state: State, stream: Descent | None = None
+) -> tuple[State, dict]:
+    """The second half of a step: (new state, metrics), from a `Found` as a tuple and the old state.
+
+    Args:
+        optimizer: all of it.
+        found: a `Found`.
+        state: before the step.
+        stream: the same optimizer where something rests on the host.
+    """
     loss, grads, extra, comm = found
+    if stream:
+        norm = optax.global_norm(grads)
+        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, opt = stream(grads, state.params, state.opt, fine)
+        extra, comm = jax.tree.map(partial(jnp.where, fine), (extra, comm), (state.extra, state.comm))
+        return State(state.step + 1, params, extra, opt, comm), {"loss": loss, "grad_norm": norm, "skipped": ~fine}
     updates, opt = optimizer.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
     norm = optax.global_norm(grads)
@@ -124,9 +154,12 @@ def updated(optimizer: optax.GradientTransformation, found: tuple, state: State)
 
 def traced(parts: Parts):
     """The jaxpr of loss and gradients, traced for the plan's mesh but without its devices."""
-    axes = parts.settings.placement.scheme.axes or {"data": 1}
-    found = _gradients(parts, parts.settings, partial(jax.shard_map, mesh=compat.abstract_mesh(axes)))
+    mesh = compat.abstract_mesh(parts.settings.placement.scheme.axes or {"data": 1})
+    found = _gradients(parts, parts.settings, partial(jax.shard_map, mesh=mesh))
     state = jax.eval_shape(partial(_born, parts), 0)
+    if "parameters" in parts.offload:  # they are typed with the memory that they lie in
+        places = offload.resting(meshes.shardings(mesh, _specs(parts)[0]), state.params)
+        state = state._replace(params=jax.tree.map(_struct, state.params, places))
     closed = jax.make_jaxpr(found)(state.params, state.extra, state.comm, _batch_shapes(parts), state.step)
     return compat.without_dead_code(closed.jaxpr)
 
@@ -175,6 +208,15 @@ def _struct(leaf, sharding):
 
 def _state(parts: Parts, params, extra) -> State:
     return State(jnp.int32(0), params, extra, parts.optimizer.init(params), parts.reducer.init(params))
+
+
+def _at_rest(chosen: frozenset[str], shardings: State, shapes: State) -> State:
+    """The shardings of a State of which what was chosen rests on the host."""
+    if "parameters" in chosen:
+        shardings = shardings._replace(params=offload.resting(shardings.params, shapes.params))
+    if "optimizer" in chosen:
+        shardings = shardings._replace(opt=offload.resting(shardings.opt, shapes.opt))
+    return shardings
 
 
 def _state_places(parts: Parts, shapes: State, own, extra, whole) -> State:

@@ -31,7 +31,8 @@ def on_disk(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
         if padding.moves(program.placement.stack, words):
             same[0] = False
         kept = (axes if unmoved else None for axes, unmoved in zip(spec, same, strict=True))
-        sharding = NamedSharding(padded.sharding.mesh, PartitionSpec(*kept))
+        place = padded.sharding
+        sharding = NamedSharding(place.mesh, PartitionSpec(*kept), memory_kind=place.memory_kind)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return flat(jax.tree.map(one, program.words, program.unpadded, program.shapes))
