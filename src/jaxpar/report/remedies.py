@@ -225,7 +225,7 @@ def _bytes(need: Need, parts: Parts, trace) -> dict[str, int]:
 
 
 def _seconds(need: Need, parts: Parts, trace) -> float:
-    """The products of a step, what it sends, and to the host and back, one after the other: to compare two plans, not to promise a time."""
+    """A step's products, what it sends, and to the host and back, one after the other: to compare two plans by."""
     chip = need.chip or chips.named(ASSUMED)
     if trace is None:
         return 0.0
