@@ -61,7 +61,8 @@ def check(model, plan, want=None):
 
 @pytest.mark.parametrize("plan", [*plans(), *OTHERS])
 def test_gradients_and_bytes(plan):
-    check(variant(GPT, layers=4) if "pipe" in plan else GPT, plan)
+    """Pipelines without dropout, whose random bits are half of what is compiled; the slow cases have it."""
+    check(variant(GPT, layers=4, dropout=0.0) if "pipe" in plan else GPT, plan)
 
 
 @pytest.mark.parametrize(
