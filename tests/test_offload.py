@@ -299,6 +299,9 @@ def test_a_forecast_tells_of_the_link_and_of_disks():
     assert f"link to the host  {resting:,} bytes to the device, {resting:,} back" in said
     assert "arithmetic alone, no plan uses disks" in said and "bytes on the host" in said
     assert "nobody states how fast" in forecast.text(forecast.forecast(recipe.plan, parts))
+    piped, kept = (recipe_of(MODELS["mlp"], f"pipe=2,offload=parameters{more}") for more in ("", ",remat=block"))
+    told = [forecast.forecast(one.plan, built(one)[0])["warnings"] for one in (piped, kept)]
+    assert [sum("what blocks keep" in sentence for sentence in one) for one in told] == [1, 0]
     plain = recipe_of(MODELS["mlp"], "data=1")
     assert forecast.forecast(plain.plan, built(plain)[0])["host"] is None
 
