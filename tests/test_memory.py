@@ -1,5 +1,6 @@
 """The memory of a step predicted from its trace, against what XLA says of the compiled step."""
 
+import importlib.util
 import re
 from functools import partial
 
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 import pytest
 from harness import AS_USERS_DO, SMALL, batch_of, recipe_of, variant
 
+from jaxpar.core.plan import Plan
+from jaxpar.core.recipe import Model, Recipe
 from jaxpar.plan import revolve
-from jaxpar.report import account, flops, liveness, memory
+from jaxpar.report import account, compiled, flops, liveness, memory, topology
+from jaxpar.report.backends import TPU
 from jaxpar.report.kernels import empty, flatten, value
 from jaxpar.step.parts import Parts, assemble
 from jaxpar.step.program import program, traced
@@ -234,6 +238,81 @@ def test_an_argument_that_is_read_beside_what_overwrites_it_is_copied():
     then = jax.make_jaxpr(ordered)(SQUARE, SQUARE).jaxpr
     over = liveness.peak(first, then, [0, 1], [(0, 0)])
     assert over.bytes == 16 * KIB  # the product
+
+
+# ----------------------------------------------------------------------------------------------------- TPUs' compiler
+
+BARE = TPU._replace(near=0)
+
+
+def on_tpu(function, *like, rules=BARE) -> liveness.Peak:
+    return liveness.peak(jax.make_jaxpr(function)(*like).jaxpr, rules=rules)
+
+
+def both(function, *like) -> tuple[int, int]:
+    """KiB under the rules for CPUs and for TPUs."""
+    return peak_of(function, *like).bytes // KIB, on_tpu(function, *like).bytes // KIB
+
+
+def test_what_only_products_read_is_kept_in_bfloat16():
+    assert both(lambda x, w: ((x @ w) @ w, (x @ w).T @ x), SQUARE, SQUARE) == (48, 40)
+    assert both(lambda x, w: ((x @ w) @ w, jnp.cumsum(x @ w)), SQUARE, SQUARE) == (48, 48)
+
+
+def test_what_is_costly_is_made_where_it_is_read_but_for_powers_that_are_summed():
+    assert both(lambda x: ((jnp.tanh(x) * 2).T, (jnp.tanh(x) * 3).T), SQUARE) == (48, 32)
+    assert both(lambda x: (jnp.tanh(x).sum(), jnp.tanh(x).T), SQUARE) == (32, 16)
+    kept = on_tpu(lambda x: (jnp.exp(x).sum(), (jnp.exp(x) * 2).T), SQUARE)
+    assert kept.bytes // KIB == 32 and (16 * KIB, "exp") in kept.live
+
+
+def test_products_are_one_kernel_with_what_is_around_them():
+    assert both(lambda x, w: jnp.tanh(jnp.sin(x) @ w), SQUARE, SQUARE) == (32, 16)
+    shared = on_tpu(lambda x, y, w: ((x * y) @ w, (x * y).T @ w), SQUARE, SQUARE, SQUARE)
+    assert shared.bytes // KIB == 40, "x and y are read once, and what both products read is written in bfloat16"
+
+
+def test_arguments_are_rounded_before_the_loop_whose_products_read_them_and_stacks_as_they_are_written():
+    def weights(x, ws):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
+
+    def kept(x, ws):
+        y, xs = jax.lax.scan(lambda x, w: (jnp.cumsum(x + w, 1), x), x, ws)
+        return jax.lax.scan(lambda y, x: (jnp.tanh(y @ x), None), y, xs)[0]
+
+    for loop in (weights, kept):
+        stacks = [jax.ShapeDtypeStruct((layers, 64, 64), jnp.float32) for layers in (4, 64)]
+        few, many = (on_tpu(loop, SQUARE, one).bytes for one in stacks)
+        assert many - few == 60 * 8 * KIB
+
+
+def test_what_fits_beside_the_core_takes_no_memory():
+    def chain(x, w):
+        return jnp.cumsum(jnp.cumsum(x @ w, 0) @ w, 1)
+
+    sizes = [on_tpu(chain, SQUARE, SQUARE, rules=TPU._replace(near=near * KIB)).bytes for near in (0, 16, 64)]
+    assert sizes[0] > sizes[1] > sizes[2] == 0
+
+
+AHEAD = [
+    ("data=8,unroll=false", 128),
+    ("tensor=fsdp:8,remat=block", 256),
+    ("data=8,zero=3", 128),
+]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs jaxpar[aot-tpu]")
+@pytest.mark.slow
+@pytest.mark.parametrize(("plan", "batch"), AHEAD)
+def test_the_memory_of_a_step_for_tpus_is_predicted_within_5_percent(plan, batch):
+    model = Model("gpt", layers=16, width=512, heads=8, hidden=2048, context=256)
+    recipe = Recipe(model=model, plan=Plan.parse(plan), batch=batch, steps=50, warmup=5)
+    tokens = jax.ShapeDtypeStruct((batch, 256), jnp.int32)
+    parts, where = assemble(recipe, tokens, tokens, 8192), topology.parse("v5e:2x4")
+    found, said = compiled.compile_for(parts, where), memory.predicted(parts, None, "tpu", where.chip.near)
+    assert said["parameters"] + said["optimizer"] + said["state"] + 4 == found.state
+    assert found.arguments == pytest.approx(found.state + said["batch"], rel=1e-3), "small arrays are padded"
+    assert said["total"] == pytest.approx(found.held - found.code, rel=0.05)
 
 
 # ------------------------------------------------------------------------------------------------------- the categories

@@ -230,7 +230,7 @@ def test_an_update_from_the_host_is_the_update(name, fine):
         ("offload=parameters,unroll=true", "plan.unroll = true.*outside of a scan"),
         ("offload=parameters,regather=false", "plan.regather = false.*not kept for the backward pass"),
         ("data=2,zero=1,offload=parameters+optimizer", "every device holds.*zero=3 or zero=0; or offload=optim"),
-        ("data=2,zero=3,zero_gather=step,offload=parameters", "plan.zero_gather = step.*for the whole step"),
+        ("data=2,zero=3,regather=false,offload=parameters", "plan.regather = false.*not kept for the backward pass"),
         ("partition=auto,offload=parameters", "XLA would decide when parameters"),
         ("remat=sqrt,offload=parameters", "remat=sqrt cuts stacks"),
         ("offload=activations", "does not say which few.*remat=block, or remat=names"),

@@ -56,6 +56,8 @@ SCHEMES = [
     "data=2,tensor=two_d:2x2,microbatches=2",
     "tensor=two_half_d:2x2x2",
     "tensor=three_d:2x2x2",
+    "data=4,zero=3,tensor=one_d:2",
+    "data=4,zero=2,microbatches=2",
 ]
 PIPES = [
     "pipe=2,data=2,tensor=one_d:2,microbatches=4",
@@ -69,6 +71,7 @@ QUICK = [
     ("mlp", "tensor=three_d:2x2x2", "dots"),
     ("mlp", "tensor=three_d:2x2x2", "nested:3"),
     ("mlp", "data=1", "budget"),
+    ("mlp", "data=4,zero=3,tensor=one_d:2", "block"),
     ("mlp", "pipe=2,data=2,tensor=one_d:2,microbatches=4", "binomial:1"),
     ("gru", "tensor=two_d:2x1", "binomial:2"),
     ("convnet", "tensor=one_d:2", "block"),

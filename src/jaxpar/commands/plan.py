@@ -99,7 +99,7 @@ def plan(argv: Sequence[str]) -> None:
     parts = sketch(asked.recipe, asked.run.data_dir)
     trace = traced(parts) if parts.partition == "manual" else None
     found = forecast.forecast(plan, parts, where, trace)
-    more = _ceilings(found, parts, where, trace, shown) | _more(plan, parts, trace, shown)
+    more = _ceilings(found, parts, where, trace, shown) | _more(found["memory"]["predicted"], plan, parts, trace, shown)
     say("\n\n".join([forecast.text(found), *map(str, more.values())]))
     if not compile_it and not shown.predict:
         say(f"\nnot compiled: that is done for {MOST_COMPILED} simulated devices at most, or for a --topology")
@@ -176,7 +176,7 @@ def _ceilings(found: dict, parts, where, trace, shown: Shown) -> dict:
     return made
 
 
-def _more(plan, parts, trace, shown: Shown) -> dict:
+def _more(held: dict, plan, parts, trace, shown: Shown) -> dict:
     """What was asked for besides the figures: text, or where a picture lies."""
     from jaxpar.report import forecast
 
@@ -184,7 +184,7 @@ def _more(plan, parts, trace, shown: Shown) -> dict:
     if shown.explain:
         from jaxpar.report import explain
 
-        found = explain.rows(parts, trace, forecast.TIMES)
+        found = explain.rows(parts, trace, forecast.TIMES, held)
         made["explain"] = explain.as_json(found) if shown.json else explain.text(found)
     if shown.timetable or shown.picture:
         from jaxpar.report import timetables

@@ -22,7 +22,7 @@ class Rules(NamedTuple):
             that a loop's products read is rounded before the loop.
         products: what one product alone reads is computed in it, and what alone reads a product is computed with it.
         again: what is costly is computed again in each kernel that reads it, as what is cheap is.
-        near: bytes of the memory beside the core, where short-lived blocks lie; they count as none.
+        near: bytes of the memory beside the core, where short-lived blocks lie; they count as none. Of a v5e.
     """
 
     breadth: bool

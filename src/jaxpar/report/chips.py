@@ -6,6 +6,7 @@ Figures are of one chip; jax may count each of its cores as a device (`Chip.core
 from typing import NamedTuple
 
 GIB = 2**30
+ASSIGNED = "the most that buffer assignments of libtpu 0.0.42.1 were seen to take"
 CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # parts of a 4x4x4 cube; larger tori are of whole cubes
 SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
@@ -20,6 +21,7 @@ class Chip(NamedTuple):
         sparse: the same where two of four weights are zero, which training has no use for.
         memory: bytes of HBM.
         memory_rate: bytes per second from HBM.
+        near: bytes beside each core in which the compiler lays arrays rather than in HBM.
         link: bytes per second through one link to another chip, one way.
         links: how many such links a chip has.
         torus: dims of the torus that the links form; 0 if they all lead to one switch.
@@ -42,6 +44,7 @@ class Chip(NamedTuple):
     sparse: dict[str, float] = {}  # noqa: RUF012 (never written to)
     memory: float | None = None
     memory_rate: float | None = None
+    near: int = 0
     link: float | None = None
     links: int = 0
     torus: int = 0
@@ -107,7 +110,9 @@ CHIPS = (
         host=16e9,
         clock=1.5e9,
         price=1.2,
+        near=117_440_512,
         sources={
+            "near": ASSIGNED,
             "host": PCIE,
             "*": GOOGLE + "v5e",
             "link": GOOGLE + "v5e" + PER_LINK,
@@ -133,7 +138,9 @@ CHIPS = (
         host=16e9,
         clock=459e12 / (8 * 128**2 * 2),
         price=4.2,
+        near=48_627_712,
         sources={
+            "near": ASSIGNED,
             "host": PCIE,
             "*": GOOGLE + "v5p",
             "link": GOOGLE + "v5p" + PER_LINK,
@@ -157,7 +164,14 @@ CHIPS = (
         host=32e9,
         clock=1.75e9,
         assumed=True,
-        sources={"*": GOOGLE + "v6e", "link": GOOGLE + "v6e" + PER_LINK, "clock": "assumed: as v5p", "host": PCIE},
+        near=96_837_632,
+        sources={
+            "*": GOOGLE + "v6e",
+            "link": GOOGLE + "v6e" + PER_LINK,
+            "clock": "assumed: as v5p",
+            "host": PCIE,
+            "near": ASSIGNED,
+        },
     ),
     Chip(
         name="tpu7x",
@@ -175,7 +189,8 @@ CHIPS = (
         clock=2.2e9,
         assumed=True,
         cores=2,
-        sources={"*": GOOGLE + "7x", "link": GOOGLE + "7x" + PER_LINK, "clock": "assumed"},
+        near=67_108_864,
+        sources={"near": ASSIGNED, "*": GOOGLE + "7x", "link": GOOGLE + "7x" + PER_LINK, "clock": "assumed"},
     ),
     Chip(
         name="a100",

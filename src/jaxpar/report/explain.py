@@ -9,7 +9,7 @@ import jax
 from jaxpar.core import products
 from jaxpar.core.makespan import Times, makespan
 from jaxpar.plan import layout, padding
-from jaxpar.report import account, flops, memory
+from jaxpar.report import account, flops
 from jaxpar.report.columns import aligned
 from jaxpar.report.traced import shares_of
 from jaxpar.step.parts import Parts
@@ -39,16 +39,17 @@ class Row(NamedTuple):
     value: float
 
 
-def rows(parts: Parts, trace, times: Times) -> list[Row]:
+def rows(parts: Parts, trace, times: Times, held: dict[str, int]) -> list[Row]:
     """The terms of all predicted figures.
 
     Args:
         parts: of the run.
         trace: `traced(parts)`; None where XLA decides the collectives.
         times: that each kind of work takes, for the idle time.
+        held: bytes by category, as a forecast has them.
     """
     traced = [] if trace is None else [*_flops(parts, trace), *_sent(parts, trace)]
-    return [_model(parts), *traced, *_parameters(parts), *_held(parts, trace), *_idle(parts, times)]
+    return [_model(parts), *traced, *_parameters(parts), *_held(parts, held), *_idle(parts, times)]
 
 
 def as_json(found: list[Row]) -> list[dict[str, Any]]:
@@ -70,9 +71,8 @@ def _model(parts: Parts) -> Row:
     return Row("flops model", what, f"{total:,.0f} / {count} devices", total / count)
 
 
-def _held(parts: Parts, trace) -> list[Row]:
+def _held(parts: Parts, found: dict[str, int]) -> list[Row]:
     """All that is held besides parameters, each category as one term."""
-    found = memory.held(parts) if trace is None else memory.predicted(parts, trace)
     own, opt = found["parameters"], found["optimizer"]
     shapes = " and ".join(f"{_by(one.shape)} x {one.dtype.itemsize} bytes" for one in (parts.inputs, parts.labels))
     how = {

@@ -59,8 +59,7 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
     axes = parts.settings.placement.scheme.axes or {"data": 1}  # as `mesh_of`
     count, manual = math.prod(axes.values()), parts.partition == "manual"
     trace = trace or (traced(parts) if manual else None)
-    held = memory.predicted(parts, trace, where.platform if where else "cpu") if manual else memory.held(parts)
-    held = {"total": None} | held
+    held = {"total": None} | (_predicted(parts, where, trace) if manual else memory.held(parts))
     pipeline = _pipeline(plan, parts)
     return {
         "plan": str(plan),
@@ -83,6 +82,10 @@ def forecast(plan: Plan, parts: Parts, where: Topology | None = None, trace=None
         "compiled": None,
         "warnings": _warnings(plan, parts, where),
     }
+
+
+def _predicted(parts: Parts, where: Topology | None, trace) -> dict[str, int]:
+    return memory.predicted(parts, trace, *((where.platform, where.chip.near) if where else ()))
 
 
 def _least(held: dict[str, Any], where: Topology) -> float:

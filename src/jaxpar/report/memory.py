@@ -57,7 +57,7 @@ def on_device(bytes_held: dict[str, int]) -> int:
     return sum(size for name, size in bytes_held.items() if name != HOST)
 
 
-def predicted(parts: Parts, trace=None, backend: str = "cpu") -> dict[str, int]:
+def predicted(parts: Parts, trace=None, backend: str = "cpu", near: int | None = None) -> dict[str, int]:
     """Bytes that one device needs for a step, by category, from the trace of the step alone. Needs no devices.
 
     What a compiler does with a trace is followed (`report.backends` has the rules, `report.fusion`, `report.rounding`
@@ -68,6 +68,7 @@ def predicted(parts: Parts, trace=None, backend: str = "cpu") -> dict[str, int]:
         parts: of the run.
         trace: `traced(parts)`, if it is at hand.
         backend: the platform that it is compiled for, as jax has it; one without rules gets those of `cpu`.
+        near: bytes that its chip has beside the core, if that is known.
 
     Returns:
         parameters, gradients, optimizer, state, batch: as of `held`.
@@ -77,7 +78,8 @@ def predicted(parts: Parts, trace=None, backend: str = "cpu") -> dict[str, int]:
         total: all that must be there at once. Gradients come while activations go, so it may be less than the sum.
     """
     jaxpr = trace or traced(parts)
-    peak, known = _peak(parts, jaxpr, RULES.get(backend, CPU)), held(parts)
+    rules = RULES.get(backend, CPU)
+    peak, known = _peak(parts, jaxpr, rules if near is None else rules._replace(near=near)), held(parts)
     if parts.offload:
         known |= {HOST: known[HOST] + hostlink.lent(parts, jaxpr)}
     kept = min(peak.kept if parts.pipeline.plain else account.pool_bytes(parts, jaxpr), peak.bytes)

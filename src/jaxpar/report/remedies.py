@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxpar.core.cost import Cost
 from jaxpar.core.plan import Plan, scheme_of
 from jaxpar.core.refuse import Problem, Refused
-from jaxpar.report import account, chips, flops, memory
+from jaxpar.report import account, chips, flops, hostlink, memory
 from jaxpar.report.chips import Chip
 from jaxpar.report.columns import aligned
 from jaxpar.report.memory import lost
@@ -152,7 +152,8 @@ def cheapest(need: Need, now: tuple[dict[str, int], float], tell: Callable[[str]
         now: its bytes by category, and an estimate of its step in seconds.
         tell: is told how far it is.
     """
-    tried = [*_changes(need.plan)]
+    here = need.backend == "cpu"  # whose host memory is that of the device
+    tried = [change for change in _changes(need.plan) if not (here and "offload" in change)]
     found = []
     for number, change in enumerate(tried):
         tell(f"looking for what would help: {number + 1} of {len(tried)}, {_written(change)}")
@@ -218,19 +219,21 @@ def _trace(parts: Parts):
 def _bytes(need: Need, parts: Parts, trace) -> dict[str, int]:
     """By category, and `total`; where XLA decides the collectives without activations."""
     if trace is not None:
-        return memory.predicted(parts, trace, need.backend)
+        return memory.predicted(parts, trace, need.backend, need.chip and need.chip.near)
     held = memory.held(parts)
     return held | {"total": memory.on_device(held)}
 
 
 def _seconds(need: Need, parts: Parts, trace) -> float:
-    """The products of a step, and what it sends, one after the other: to compare two plans, not to promise a time."""
+    """A step's products, what it sends, and to the host and back, one after the other: to compare two plans by."""
     chip = need.chip or chips.named(ASSUMED)
     if trace is None:
         return 0.0
     work = flops.executed(parts, trace) / (chip.flops["bf16"] / chip.cores)
     sent: Cost = account.predicted(parts, trace)
-    return work + sent.total_sent / (chip.link or chip.memory_rate)
+    there = hostlink.moved(parts, memory.held(parts).get(memory.HOST, 0), trace)
+    host = hostlink.seconds(there, chip.host or chips.named(ASSUMED).host)
+    return work + sent.total_sent / (chip.link or chip.memory_rate) + host
 
 
 def _held(now: dict[str, int], room: float | None) -> str:
