@@ -178,6 +178,11 @@ def _warnings(plan: Plan, parts: Parts, where: Topology | None) -> list[str]:
         found.append(f"{plan.microbatches} microbatches never keep {plan.pipe} devices of a pipeline busy at once")
     if len(set(blocks)) > 1 and parts.pipeline.division.stack:
         found.append(f"stages have {', '.join(map(str, blocks))} blocks: all wait for the largest")
+    if "parameters" in parts.offload and plan.pipe > 1 and plan.remat == "none":
+        found.append(
+            "parameters on the host in a pipeline: the compiler for TPUs then copies what blocks keep, which took more "
+            "than it gave; remat=block keeps little"
+        )
     if parts.partition == "auto":
         found.append("partition=auto: XLA decides the collectives, so what is sent is known only once compiled")
     elif where and where.platform not in RULES:
