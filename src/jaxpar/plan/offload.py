@@ -72,11 +72,6 @@ def _of_parameters(plan: Plan) -> Iterator[Problem]:
     if plan.zero in (1, 2):
         rule = f"under plan.zero = {plan.zero} every device holds all parameters, and updates a part of them."
         yield Problem("plan.offload", plan.offload, rule, f"zero=3 or zero=0{without}")
-    if plan.zero == 3 and plan.zero_gather == "step":
-        rule = "all parameters would be on the device for the whole step."
-        yield Problem(
-            "plan.zero_gather", "step", f"plan.offload = {plan.offload}: {rule}", f"zero_gather=block{without}"
-        )
     if (kind := plan.remat.partition(":")[0]) in CUT:
         rule = f"remat={kind} cuts stacks of parameters into pieces, which would be copied in the memory of the host."
         yield Problem("plan.remat", plan.remat, f"plan.offload = {plan.offload}: {rule}", f"remat=block{without}")

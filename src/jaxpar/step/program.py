@@ -79,9 +79,7 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
     unpadded = jax.eval_shape(lambda seed: _state(parts, *model.init(jax.random.key(seed))), 0)
     words = _state_places(parts, shapes, (model.dims[0],) * 2, model.dims[1], "")
     found = _gradients(parts, settings, spread)
-    stream = None
-    if parts.offload & {"parameters", "optimizer"}:
-        stream = descent(parts.links, mesh, words, specs._replace(params=moment_specs))
+    stream = _stream(parts, mesh, words, specs._replace(params=moment_specs))
 
     measured = spread(
         partial(evaluate, model, parts.pipeline, settings),
@@ -208,6 +206,11 @@ def _struct(leaf, sharding):
 
 def _state(parts: Parts, params, extra) -> State:
     return State(jnp.int32(0), params, extra, parts.optimizer.init(params), parts.reducer.init(params))
+
+
+def _stream(parts: Parts, mesh: Mesh, words: State, specs: State) -> Descent | None:
+    """The optimizer where something that it reads rests on the host; arguments as of `descent`."""
+    return descent(parts.links, mesh, words, specs) if parts.offload & {"parameters", "optimizer"} else None
 
 
 def _at_rest(chosen: frozenset[str], shardings: State, shapes: State) -> State:
