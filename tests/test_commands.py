@@ -125,6 +125,7 @@ def test_a_forecast_in_json_is_what_the_parts_say(capsys):
         "pipeline",
         "comm",
         "memory",
+        "host",
         "fits",
     }
     assert set(found) == figures | {"compiled", "warnings", "explain"}

@@ -197,7 +197,7 @@ def test_another_recipe_is_refused_with_both_values(run):
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path):
-    recipe = replace(TINY, batch=0, plan=Plan(zero=1))
+    recipe = replace(TINY, batch=0, plan=Plan(zero=4))
     with pytest.raises(Refused) as refused:
         fit(recipe, name="a b", runs_dir=str(tmp_path), sinks=["cvs"], watchdog=0, report=quiet())
     assert {"sinks", "watchdog", "name", "batch", "plan.zero"} <= {one.field for one in refused.value.problems}

@@ -101,7 +101,7 @@ def test_the_memory_of_any_step_is_predicted_within_5_percent(monkeypatch, model
 WORSE = [
     ("gru", "data=1", 0.07),  # many loops, and gaps between their stacks
     ("wide", "tensor=three_d:2x2x2", 0.07),  # XLA leaves gaps between what it lays out
-    ("wide", "tensor=one_d:2,precision=bf16", 0.3),  # the CPU computes in float32, and keeps much of that as well
+    ("wide", "tensor=one_d:2,precision=bf16", 0.08),  # the CPU computes in float32, and keeps some of that as well
 ]
 
 

@@ -20,6 +20,7 @@ class Rules(NamedTuple):
         summed: a sum over devices is written where its operand lies.
         rounded: products read bfloat16, whatever they are given: what only products read is kept in it, and an argument
             that a loop's products read is rounded before the loop.
+        widened: what loops give in bfloat16 is kept in float32, as the processor computes in nothing less.
         products: what one product alone reads is computed in it, and what alone reads a product is computed with it.
         again: what is costly is computed again in each kernel that reads it, as what is cheap is.
         near: bytes of the memory beside the core, where short-lived blocks lie; they count as none. Of a v5e.
@@ -30,13 +31,32 @@ class Rules(NamedTuple):
     filled: bool
     summed: bool
     rounded: bool
+    widened: bool
     products: bool
     again: bool
     near: int
 
 
-CPU = Rules(breadth=True, copies=True, filled=True, summed=True, rounded=False, products=False, again=False, near=0)
+CPU = Rules(
+    breadth=True,
+    copies=True,
+    filled=True,
+    summed=True,
+    rounded=False,
+    widened=True,
+    products=False,
+    again=False,
+    near=0,
+)
 TPU = Rules(
-    breadth=False, copies=False, filled=False, summed=False, rounded=True, products=True, again=True, near=112 * MIB
+    breadth=False,
+    copies=False,
+    filled=False,
+    summed=False,
+    rounded=True,
+    widened=False,
+    products=True,
+    again=True,
+    near=112 * MIB,
 )
 RULES = {"cpu": CPU, "tpu": TPU}

@@ -190,6 +190,8 @@ def add(graph: Graph, name: str, reads: tuple, equation, backward: bool, avals=N
     key = (name, reads, *same, *map(str, avals))
     if not same or key not in graph.known:
         makes = tuple(value(graph, aval) for aval in avals)
+        for one in makes if name == "scan" and graph.rules.widened else ():
+            graph.sizes[one] *= 2 if graph.sizes[one] == 2 * graph.counts[one] else 1
         graph.ops.append(Op(name, reads, makes, equation, backward))
         graph.known[key] = makes
         return makes
