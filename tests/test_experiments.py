@@ -5,7 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from experiments import pipeline_bubbles, pipeline_memory, scaling, tensor_parallel
+from experiments import (
+    memory,
+    memory_depth,
+    memory_layer,
+    memory_trade,
+    pipeline_bubbles,
+    pipeline_memory,
+    scaling,
+    tensor_parallel,
+)
 from jaxpar.cli import parse
 from jaxpar.core import family
 from jaxpar.core.plan import Plan
@@ -122,3 +131,41 @@ def test_scaling_predicts_every_kind_of_plan(tmp_path, capsys, monkeypatch):
     assert "slopes from 16 devices on" in capsys.readouterr().out
     with pytest.raises(Refused, match=r"shapes = tinier.*\n.*devices = 7.*\n.*compiled = -1"):
         scaling.chosen(scaling.Options(shapes="tinier", devices="7", compiled=-1))
+
+
+def test_memory_measures_what_is_claimed(tmp_path, capsys, monkeypatch):
+    small = {"convnet": (Model("convnet", layers=3, width=16), 16, 8), "mlp": (Model("mlp", layers=9, width=16), 64, 4)}
+    monkeypatch.setattr(memory, "BILLS", {"GPT": memory.BILLS["GPT 124M, 8 x 1024 tokens"]})
+    monkeypatch.setattr(memory, "SMALL", {"small": (*small["mlp"], "data=1")})
+    for where in (memory, memory_depth):
+        monkeypatch.setattr(where, "GROWTH", {("mlp", "sqrt"): "1/2", ("connected", "none"): "2"})
+    monkeypatch.setattr(memory_depth, "CONNECTED", (6, 9, 12))
+    chosen = {key: memory_layer.CLAIMED[key] for key in (("one_d", "none"), ("sequence", "block"))}
+    for module in (memory, memory_layer):
+        monkeypatch.setattr(module, "CLAIMED", chosen)
+    for where, cases in (("TRADED", small), ("TIMED", {"mlp": small["mlp"]})):
+        for module in (memory, memory_trade):
+            monkeypatch.setattr(module, where, cases)
+    monkeypatch.setattr(memory_layer, "OTHERS", ({"s": 64, "b": 2, "h": 256, "a": 32, "t": 8},))
+    made = memory.Options("t", str(tmp_path), depths="4,16,64", repeats=2)
+    memory.main(made)
+    found = json.loads((tmp_path / "t" / "table.json").read_text())
+    large, compiled = found["bills"]
+    assert large["share"] > 0.9 and compiled["total"] == pytest.approx(compiled["compiled"], rel=0.05)
+    root, square = found["depth"]
+    assert (root["p"], root["error"]) == pytest.approx((0.5, 0), abs=1e-3) and 1.65 < square["p"] < 2.05
+    rows = {(row["model"], row["remat"]): row for row in found["trade"]}
+    block = rows["convnet", "block"]
+    assert (block["of_old"], block["of_new"]) == pytest.approx((1 / 3, 1 / 4), abs=0.01) and block["total"] < 0.2
+    assert rows["convnet", "dots"]["of_old"] == 0 < rows["mlp", "block"]["of_old"] < 1 / 5
+    assert found["time"][0]["flops"] > 0 and all(-1 < one < 100 for one in found["time"][0]["half"])
+    everything, inputs = found["layer"]
+    assert everything["holds"] == inputs["holds"] == [1, 1] and inputs["ratio"] == 1
+    for term, count in {"b s h/t bfloat16": 4, "b s 4h/t bfloat16": 2, "b s h bool": 2, "b a/t s s bool": 1}.items():
+        assert everything["terms"][term] == count, "what the paper counts as well"
+    assert (tmp_path / "t" / "memory.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr()
+    assert "about 0 s left" in printed.err and all(f"\n{n}. " in f"\n{printed.out}" for n in range(1, 5))
+    for wrong, told in ((made, "--overwrite"), (replace(made, depths="4,x", repeats=1), r"depths = 4,x.*\n.*repeats")):
+        with pytest.raises(Refused, match=told):
+            memory.main(wrong)
