@@ -296,7 +296,7 @@ def test_what_fits_beside_the_core_takes_no_memory():
 
 AHEAD = [
     ("data=8,unroll=false", 128),
-    ("tensor=fsdp:8,remat=block", 256),
+    ("tensor=fsdp:8", 128),
     ("data=8,zero=3", 128),
 ]
 
