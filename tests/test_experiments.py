@@ -14,6 +14,7 @@ from experiments import (
     pipeline_memory,
     scaling,
     tensor_parallel,
+    zero,
 )
 from jaxpar.cli import parse
 from jaxpar.core import family
@@ -169,3 +170,20 @@ def test_memory_measures_what_is_claimed(tmp_path, capsys, monkeypatch):
     for wrong, told in ((made, "--overwrite"), (replace(made, depths="4,x", repeats=1), r"depths = 4,x.*\n.*repeats")):
         with pytest.raises(Refused, match=told):
             memory.main(wrong)
+
+
+def test_zero_makes_the_table_of_its_paper(tmp_path, capsys, monkeypatch):
+    plans = ("zero=1", "zero=3,microbatches=2")
+    monkeypatch.setattr(zero, "SENT", {plan: zero.SENT.get(plan, "2 x 3") for plan in plans})
+    monkeypatch.setattr(zero, "SMALL", Model("gpt", layers=3, width=32, heads=4, context=8, vocab=64))
+    zero.main(zero.Options("t", str(tmp_path)))
+    found = json.loads((tmp_path / "t" / "table.json").read_text())
+    for row in found["large"]:
+        assert sum(row["mixed"].values()) / 1e9 == pytest.approx(zero.CLAIMED[row["stage"]], abs=0.05)
+    for row in found["small"]:
+        assert row["arguments"] == row["predicted"]
+    assert sum(found["small"][0]["sent"].values()) == pytest.approx(2, abs=0.02)  # and norms of small arrays
+    assert found["small"][1]["sent"]["reduce_scatter"] == pytest.approx(2)
+    assert (tmp_path / "t" / "zero.png").stat().st_size > 10_000 and "31.4" in capsys.readouterr().out
+    with pytest.raises(Refused, match="devices = 1: must be at least 2"):
+        zero.main(zero.Options("u", str(tmp_path), devices=1))
