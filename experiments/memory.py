@@ -14,7 +14,7 @@
    formulas of Korthikanti et al. 2022, arXiv:2205.05198, equations 1 to 4 and table 2.
 
 Section 2 compiles large programs, and only section 3 runs any, small ones: some minutes on 2 idle cores. With
-`--topology v5e:1x1` (needs libtpu) section 3 is compiled for that chip too, which keeps 16 bits.
+`--topology v6e:1x1` (needs libtpu) section 3 is compiled for that chip too, which keeps 16 bits.
 
     python -m experiments.memory
     python -m experiments.memory --depths 4,16,64 --name short
@@ -58,6 +58,7 @@ SMALL = {
     "small convnet": (Model("convnet", layers=3, width=32), 16, 16, "data=1"),
 }
 KINDS = ("parameters", "gradients", "optimizer", "activations", "transient")
+SECTIONS = ("bills", "depth", "trade", "time", "layer")
 WIDTHS = {"float32": 4, "bfloat16": 2, "bool": 1}
 
 
@@ -71,7 +72,7 @@ class Options:
         overwrite: write over the table that is there.
         depths: of stacks, with commas between them, at least three.
         repeats: how often each of two steps is timed.
-        topology: a chip to compile section 3 for as well, such as v5e:1x1; none if empty.
+        topology: a chip to compile section 3 for as well, such as v6e:1x1; none if empty.
     """
 
     name: str = "memory"
@@ -83,13 +84,20 @@ class Options:
 
 
 def bill(name: str, case: tuple) -> dict:
-    """Predicted bytes of a step by category; of a small one also those of the compiled step."""
+    """Predicted bytes of a step by category; of a small one also those of the compiled step.
+
+    Not all of them are data: XLA for CPU also copies weights, slices of stacks and transposed ones. So `of_data` is the
+    share that comes on top if the batch is twice as large.
+    """
     from jaxpar.report import memory
     from jaxpar.step.program import program
 
+    model, batch, side, plan = case
     parts = parts_of(*case)
-    found = {"case": name} | memory.predicted(parts)
-    found["share"] = (found["activations"] + found["transient"]) / sum(found[kind] for kind in KINDS)
+    found, twice = ({"case": name} | memory.predicted(one) for one in (parts, parts_of(model, 2 * batch, side, plan)))
+    between, more = (one["activations"] + one["transient"] for one in (found, twice))
+    everything = sum(found[kind] for kind in KINDS)
+    found |= {"share": between / everything, "of_data": (more - between) / everything}
     if name in SMALL:
         made = program(parts)
         said = made.step.lower(made.shapes, made.batch).compile().memory_analysis()
@@ -105,10 +113,10 @@ def measured(options: Options, depths: list[int]) -> dict[str, list[dict]]:
     work += [("trade", partial(trade, name, options.topology)) for name in TRADED]
     work += [("time", partial(timed, name, options.repeats)) for name in TIMED]
     work += [("layer", partial(transformer, *key)) for key in CLAIMED]
-    found, began = {}, time.perf_counter()
+    found, began = {section: [] for section in SECTIONS}, time.perf_counter()
     for done, (section, one) in enumerate(work, 1):
         rows = one()
-        found.setdefault(section, []).extend(rows if isinstance(rows, list) else [rows])
+        found[section].extend(rows if isinstance(rows, list) else [rows])
         left = (time.perf_counter() - began) / done * (len(work) - done)
         print(f"  {done} of {len(work)}, about {left:.0f} s left", file=sys.stderr, flush=True)
     return found
@@ -116,12 +124,12 @@ def measured(options: Options, depths: list[int]) -> dict[str, list[dict]]:
 
 def tables(found: dict[str, list[dict]]) -> str:
     """The rows of all sections as text."""
-    head = ["step", *KINDS, "total", "activations are", "compiled"]
+    head = ["step", *KINDS, "total", "activations are", "of data", "compiled"]
     lines = []
     for row in found["bills"]:
         sizes = [f"{row[kind] / 1e6:,.1f}" for kind in (*KINDS, "total")]
         compiled = f"{row['compiled'] / 1e6:,.1f}" if "compiled" in row else ""
-        lines.append([row["case"], *sizes, f"{row['share']:.0%}", compiled])
+        lines.append([row["case"], *sizes, f"{row['share']:.0%}", f"{row['of_data']:.0%}", compiled])
     text = ["1. Activations dominate? MB of a step, predicted", aligned(head, lines, head[1:])]
 
     head = ["stack", "remat", "claimed p", "p", "MB of c", "largest error", "slope without c", "grown", "flops"]
@@ -144,14 +152,12 @@ def tables(found: dict[str, list[dict]]) -> str:
     for row in found["trade"]:
         sizes = [f"{row[key] / 1e6:,.1f}" for key in ("weights", "kept", "again")]
         shares = [f"{one:.1%}" for one in (1 - row["total"], 1 - row["with_block"], row["of_old"], row["of_new"])]
-        compiled = f"{row['compiled'] / 1e6:,.1f}" if "compiled" in row else ""
-        lines.append([row["model"], row["remat"], *sizes, *shares, compiled])
+        lines.append([row["model"], row["remat"], *sizes, *shares, row["compiled"]])
     text += ["\n3. 25 % more compute saves 80 %? MB in bfloat16, from the trace", aligned(head, lines, head[2:])]
-    head = ["timed, float32", "flops", "longer", "middle half of pairs"]
-    lines = [
-        [row["model"], f"{row['flops']:+.1%}", f"{row['longer']:+.1%}", "{:+.1%} to {:+.1%}".format(*row["half"])]
-        for row in found["time"]
-    ]
+    head, lines = ["timed, float32", "flops", "longer", "middle half of pairs"], []
+    for row in found["time"]:
+        shares = [f"{one:+.1%}" for one in (row["flops"], row["longer"], *row["half"])]
+        lines.append([row["model"], *shares[:2], " to ".join(shares[2:])])
     text += ["\n20-30 % slower? remat=block against none, in turn, on this machine", aligned(head, lines, head[1:])]
 
     unit = PAPER["s"] * PAPER["b"] * PAPER["h"]
@@ -271,7 +277,7 @@ def chosen(options: Options) -> list[int]:
     if options.repeats < 2:
         problems.append(Problem("repeats", options.repeats, "must be at least 2.", str(Options.repeats)))
     if options.topology and topology.parse(options.topology).count > 1:
-        problems.append(Problem("topology", options.topology, "has several devices.", "v5e:1x1"))
+        problems.append(Problem("topology", options.topology, "has several devices.", "v6e:1x1"))
     if problems:
         raise Refused(problems)
     return sorted(set(map(int, words)))

@@ -20,8 +20,7 @@ def trade(name: str, topology: str) -> list[dict]:
     """Flops and bytes of a step in bfloat16 that keeps everything, products, or inputs of blocks."""
     import jax
 
-    from jaxpar.report import compiled, flops
-    from jaxpar.report import topology as topologies
+    from jaxpar.report import flops
     from jaxpar.step.program import traced
 
     model, batch, side = TRADED[name]
@@ -37,10 +36,19 @@ def trade(name: str, topology: str) -> list[dict]:
         row["total"] = (weights + row["kept"]) / (weights + first["kept"])
         row["with_block"] = (weights + row["kept"] + row["again"]) / (weights + first["kept"])
         row |= {"of_old": work / first["flops"] - 1, "of_new": 1 - first["flops"] / work}
-        if topology:
-            row["compiled"] = compiled.compile_for(parts, topologies.parse(topology)).temporary
+        row["compiled"] = temporary(parts, topology) if topology else ""
         rows.append(row)
     return rows
+
+
+def temporary(parts, word: str) -> str:
+    """Megabytes of temporaries of a step compiled for a chip that need not be there."""
+    from jaxpar.report import compiled, topology
+
+    try:
+        return f"{compiled.compile_for(parts, topology.parse(word)).temporary / 1e6:,.1f}"
+    except compiled.DoesNotFit:
+        return "does not fit"
 
 
 def timed(name: str, repeats: int) -> dict:
