@@ -139,11 +139,16 @@ SMALLER = {"convnet": (Model("convnet", layers=3, width=16), 16, 8), "mlp": (Mod
 def test_memory_measures_what_is_claimed(tmp_path, capsys, monkeypatch):
     large = {"GPT": memory.BILLS["GPT 124M, 8 x 1024 tokens"]}
     few = {key: memory_layer.CLAIMED[key] for key in (("one_d", "none"), ("sequence", "block"))}
-    for name, cases in {"BILLS": large, "SMALL": {}, "GROWTH": {("connected", "none"): "2"}, "TIMED": {}}.items():
-        monkeypatch.setattr(memory, name, cases)
-    for module, name, cases in ((memory_trade, "TRADED", SMALLER), (memory_layer, "CLAIMED", few)):
-        for where in (module, memory):
-            monkeypatch.setattr(where, name, cases)
+    chain = {("connected", "none"): "2"}
+    for module, name, cases in (
+        (memory, "BILLS", large),
+        (memory, "SMALL", {}),
+        (memory_depth, "GROWTH", chain),
+        (memory_trade, "TRADED", SMALLER),
+        (memory_trade, "TIMED", {}),
+        (memory_layer, "CLAIMED", few),
+    ):
+        monkeypatch.setattr(module, name, cases)
     monkeypatch.setattr(memory_depth, "CONNECTED", (4, 6, 8))
     monkeypatch.setattr(memory_layer, "OTHERS", ({"s": 64, "b": 2, "h": 256, "a": 32, "t": 8},))
     made = memory.Options("t", str(tmp_path))
@@ -184,6 +189,7 @@ def test_memory_of_compiled_stacks_grows_as_it_should(monkeypatch):
     found = {policy: memory_depth.growth("mlp", policy, [4, 16, 64, 256]) for policy in wanted}
     for policy, p in wanted.items():
         assert (found[policy]["p"], found[policy]["error"]) == pytest.approx((p, 0), abs=0.02)
+        assert found[policy].get("layer") == found[policy].get("traced"), "bytes that each layer adds"
     assert memory_depth.growth("mlp", "binomial:4", [16, 64, 256])["told"] == "flat"
     assert memory_depth.growth("connected", "none", [])["p"] == pytest.approx(2, abs=0.1)
     monkeypatch.setattr(memory_trade, "TIMED", SMALLER)
