@@ -14,7 +14,7 @@
    formulas of Korthikanti et al. 2022, arXiv:2205.05198, equations 1 to 4 and table 2.
 
 Section 2 compiles large programs, and only section 3 runs any, small ones: some minutes on 2 idle cores. With
-`--topology v5e:1x1` (needs libtpu) section 3 is compiled for that chip too, which keeps 16 bits.
+`--topology v6e:1x1` (needs libtpu) section 3 is compiled for that chip too, which keeps 16 bits.
 
     python -m experiments.memory
     python -m experiments.memory --depths 4,16,64 --name short
@@ -29,11 +29,9 @@ from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
-from experiments.memory_depth import GROWTH, growth
-from experiments.memory_layer import CLAIMED, PAPER, TERMS, parts_of, transformer
-from experiments.memory_trade import TIMED, TRADED, timed, trade
+from experiments import memory_depth, memory_layer, memory_trade
+from experiments.memory_layer import parts_of
 from jaxpar import Model, Refused
 from jaxpar.cli import exit_codes, flags
 from jaxpar.core.refuse import Problem
@@ -58,7 +56,7 @@ SMALL = {
     "small convnet": (Model("convnet", layers=3, width=32), 16, 16, "data=1"),
 }
 KINDS = ("parameters", "gradients", "optimizer", "activations", "transient")
-WIDTHS = {"float32": 4, "bfloat16": 2, "bool": 1}
+SECTIONS = ("bills", "depth", "trade", "time", "layer")
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Options:
         overwrite: write over the table that is there.
         depths: of stacks, with commas between them, at least three.
         repeats: how often each of two steps is timed.
-        topology: a chip to compile section 3 for as well, such as v5e:1x1; none if empty.
+        topology: a chip to compile section 3 for as well, such as v6e:1x1; none if empty.
     """
 
     name: str = "memory"
@@ -83,13 +81,20 @@ class Options:
 
 
 def bill(name: str, case: tuple) -> dict:
-    """Predicted bytes of a step by category; of a small one also those of the compiled step."""
+    """Predicted bytes of a step by category; of a small one also those of the compiled step.
+
+    Not all of them are data: XLA for CPU also copies weights, slices of stacks and transposed ones. So `of_data` is the
+    share that comes on top if the batch is twice as large.
+    """
     from jaxpar.report import memory
     from jaxpar.step.program import program
 
+    model, batch, side, plan = case
     parts = parts_of(*case)
-    found = {"case": name} | memory.predicted(parts)
-    found["share"] = (found["activations"] + found["transient"]) / sum(found[kind] for kind in KINDS)
+    found, twice = ({"case": name} | memory.predicted(one) for one in (parts, parts_of(model, 2 * batch, side, plan)))
+    between, more = (one["activations"] + one["transient"] for one in (found, twice))
+    everything = sum(found[kind] for kind in KINDS)
+    found |= {"share": between / everything, "of_data": max(0, more - between) / everything}
     if name in SMALL:
         made = program(parts)
         said = made.step.lower(made.shapes, made.batch).compile().memory_analysis()
@@ -101,93 +106,45 @@ def bill(name: str, case: tuple) -> dict:
 def measured(options: Options, depths: list[int]) -> dict[str, list[dict]]:
     """The rows of each section; the time that is left goes to stderr."""
     work = [("bills", partial(bill, *case)) for case in (BILLS | SMALL).items()]
-    work += [("depth", partial(growth, *key, depths)) for key in GROWTH]
-    work += [("trade", partial(trade, name, options.topology)) for name in TRADED]
-    work += [("time", partial(timed, name, options.repeats)) for name in TIMED]
-    work += [("layer", partial(transformer, *key)) for key in CLAIMED]
-    found, began = {}, time.perf_counter()
+    work += [("depth", partial(memory_depth.growth, *key, depths)) for key in memory_depth.GROWTH]
+    work += [("trade", partial(memory_trade.trade, name, options.topology)) for name in memory_trade.TRADED]
+    work += [("time", partial(memory_trade.timed, name, options.repeats)) for name in memory_trade.TIMED]
+    work += [("layer", partial(memory_layer.transformer, *key)) for key in memory_layer.CLAIMED]
+    found, began = {section: [] for section in SECTIONS}, time.perf_counter()
     for done, (section, one) in enumerate(work, 1):
         rows = one()
-        found.setdefault(section, []).extend(rows if isinstance(rows, list) else [rows])
+        found[section].extend(rows if isinstance(rows, list) else [rows])
         left = (time.perf_counter() - began) / done * (len(work) - done)
         print(f"  {done} of {len(work)}, about {left:.0f} s left", file=sys.stderr, flush=True)
     return found
 
 
-def tables(found: dict[str, list[dict]]) -> str:
-    """The rows of all sections as text."""
-    head = ["step", *KINDS, "total", "activations are", "compiled"]
+def table(rows: list[dict]) -> str:
+    """The bills as text."""
+    head = ["step", *KINDS, "total", "activations are", "of data", "compiled"]
     lines = []
-    for row in found["bills"]:
+    for row in rows:
         sizes = [f"{row[kind] / 1e6:,.1f}" for kind in (*KINDS, "total")]
         compiled = f"{row['compiled'] / 1e6:,.1f}" if "compiled" in row else ""
-        lines.append([row["case"], *sizes, f"{row['share']:.0%}", compiled])
-    text = ["1. Activations dominate? MB of a step, predicted", aligned(head, lines, head[1:])]
-
-    head = ["stack", "remat", "claimed p", "p", "MB of c", "largest error", "slope without c", "grown", "flops"]
-    lines = []
-    for row in found["depth"]:
-        law = [
-            row["told"],
-            f"{row['constant'] / 1e6:.1f}",
-            f"{row['error']:.1%}",
-            f"{row['slope']:.2f}",
-        ]
-        ends = row["line"][-1][0] / row["line"][0][0]
-        law += [f"{row['grown']:.1f} x in {ends:.0f} x depth", f"{row['work']:.3f} x"]
-        lines.append([row["model"], row["remat"], row["claimed"], *law])
-    text += ["\n2. Temporary bytes, compiled: c + k depth^p", aligned(head, lines, head[2:])]
-
-    head = ["stack", "remat", "weights", "kept", "and a block", "saved", "with the block"]
-    head += ["flops of the old total", "of the new", "compiled"]
-    lines = []
-    for row in found["trade"]:
-        sizes = [f"{row[key] / 1e6:,.1f}" for key in ("weights", "kept", "again")]
-        shares = [f"{one:.1%}" for one in (1 - row["total"], 1 - row["with_block"], row["of_old"], row["of_new"])]
-        compiled = f"{row['compiled'] / 1e6:,.1f}" if "compiled" in row else ""
-        lines.append([row["model"], row["remat"], *sizes, *shares, compiled])
-    text += ["\n3. 25 % more compute saves 80 %? MB in bfloat16, from the trace", aligned(head, lines, head[2:])]
-    head = ["timed, float32", "flops", "longer", "middle half of pairs"]
-    lines = [
-        [row["model"], f"{row['flops']:+.1%}", f"{row['longer']:+.1%}", "{:+.1%} to {:+.1%}".format(*row["half"])]
-        for row in found["time"]
-    ]
-    text += ["\n20-30 % slower? remat=block against none, in turn, on this machine", aligned(head, lines, head[1:])]
-
-    unit = PAPER["s"] * PAPER["b"] * PAPER["h"]
-    head = ["scheme", "remat", "ours", "theirs", "ratio", "formula holds"]
-    lines = []
-    for row in found["layer"]:
-        ours = f"{sum(row['ours'].values()) / unit:.2f}"
-        told = [f"{row['theirs'] / unit:.2f}", f"{row['ratio']:.2f}", "at {} of {} shapes".format(*row["holds"])]
-        lines.append([row["scheme"], row["remat"].partition(":")[0], ours, *told])
-    shape = ", ".join(f"{name}={count}" for name, count in PAPER.items())
-    text += [f"\n4. Bytes of a layer in units of s b h, at {shape}", aligned(head, lines, head[2:])]
-    terms, lines = found["layer"][0]["terms"], []
-    for term, count in terms.items():
-        theirs, what = TERMS.get(term, (0, "statistics of norms and softmax, not counted in theirs"))
-        lines.append(
-            [term, str(count), str(count * WIDTHS[term.split()[-1]] * (4 if "4h" in term else 1)), str(theirs), what]
-        )
-    head = ["one_d, none", "arrays", "bytes", "theirs", "what it is"]
-    return "\n".join([*text, "", aligned(head, lines, head[1:4])])
+        lines.append([row["case"], *sizes, f"{row['share']:.0%}", f"{row['of_data']:.0%}", compiled])
+    return "1. Activations dominate? MB of a step, predicted\n" + aligned(head, lines, head[1:])
 
 
 def picture(path: Path, found: dict[str, list[dict]]) -> Path:
     """Four panels: the bill, memory against depth, the trade, and a layer's bytes beside the paper's."""
     figure = Figure(figsize=(12, 8.5), dpi=130, layout="constrained")
     (bills, depth), (trades, layers) = figure.subplots(2, 2)
-    draw_bills(bills, found["bills"])
-    draw_depth(depth, found["depth"])
-    draw_trade(trades, found["trade"])
-    draw_layers(layers, found["layer"])
+    draw(bills, found["bills"])
+    memory_depth.draw(depth, found["depth"])
+    memory_trade.draw(trades, found["trade"])
+    memory_layer.draw(layers, found["layer"])
     for axes in (bills, depth, trades, layers):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     return path
 
 
-def draw_bills(axes, rows: list[dict]) -> None:
+def draw(axes, rows: list[dict]) -> None:
     """Shares of categories, a bar for each step."""
     places = range(len(rows))
     below = [0.0] * len(rows)
@@ -197,64 +154,13 @@ def draw_bills(axes, rows: list[dict]) -> None:
         below = [a + b for a, b in zip(below, sizes, strict=True)]
     for place, row in zip(places, rows, strict=True):
         total = row["total"] / 1e9
-        axes.text(101, place, f"{total:.1f} GB" if total >= 1 else f"{1e3 * total:.0f} MB", va="center", fontsize=8)
+        told = f"{total:.1f} GB" if total >= 1 else f"{1e3 * total:.0f} MB"
+        axes.text(101, place, f"{told}, data {row['of_data']:.0%}", va="center", fontsize=8)
     axes.set_yticks(list(places), [row["case"] for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 112), xlabel="% of a step's bytes, float32 and Adam, predicted")
+    axes.set(xlim=(0, 128), xlabel="% of a step's bytes, float32 and Adam, predicted")
     axes.legend(frameon=False, fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.4, 1.0), columnspacing=1)
     axes.set_title("1. Activations dominate where data is plenty", loc="left", fontsize=10, pad=22)
-
-
-def draw_depth(axes, rows: list[dict]) -> None:
-    """Compiled temporary bytes against depth, in log-log."""
-    for number, row in enumerate(row for row in rows if row["model"] in ("mlp", "connected")):
-        chain = row["model"] == "connected"
-        depths, sizes = zip(*row["line"], strict=True)
-        label = f"{'densely connected' if chain else 'remat=' + row['remat']}: p {row['told']}"
-        style = {"marker": "s" if chain else "o", "ls": "--" if chain else "-", "ms": 4, "color": COLORS[number]}
-        axes.plot(depths, [one / 1e6 for one in sizes], label=label, **style)
-    axes.set(xscale="log", yscale="log", xlabel="layers", ylabel="MB of temporaries, compiled")
-    ticks = sorted({depth for row in rows for depth, _ in row["line"] if depth.bit_count() == 1})
-    axes.set_xticks(ticks, list(map(str, ticks)), minor=False)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.legend(frameon=False, fontsize=8)
-    axes.set_title("2. c + k depth^p: residual MLPs, and a densely connected one", loc="left", fontsize=10)
-
-
-def draw_trade(axes, rows: list[dict]) -> None:
-    """What is left of the memory against what more is computed."""
-    for number, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
-        here = [row for row in rows if row["model"] == name]
-        across, up = ([100 * row[key] for row in here] for key in ("of_new", "with_block"))
-        axes.plot(across, up, "o-", color=COLORS[number], label=name)
-        for x, y, row in zip(across, up, here, strict=True):
-            offset = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8, "color": COLORS[number]}
-            axes.annotate(row["remat"], (x, y), **offset)
-    axes.plot([25], [20], "k*", ms=11, label="claimed: 25 %, 20 % left", zorder=0)
-    axes.set(xlim=(-1, 30), ylim=(0, 108), xlabel="% of the new total of flops that is computed again")
-    axes.set_ylabel("% of the memory: weights, what is kept, a block")
-    axes.legend(frameon=False, fontsize=8)
-    axes.set_title("3. 25 % more compute saves 80 % of the memory", loc="left", fontsize=10)
-
-
-def draw_layers(axes, rows: list[dict]) -> None:
-    """Bytes of a layer by dtype, beside the paper's."""
-    unit = PAPER["s"] * PAPER["b"] * PAPER["h"]
-    below = [0.0] * len(rows)
-    for number, dtype in enumerate(WIDTHS):
-        sizes = [sum(n for term, n in row["ours"].items() if term.endswith(f" {dtype}")) / unit for row in rows]
-        axes.bar([n - 0.2 for n in range(len(rows))], sizes, 0.38, bottom=below, color=COLORS[number], label=dtype)
-        below = [a + b for a, b in zip(below, sizes, strict=True)]
-    theirs = [row["theirs"] / unit for row in rows]
-    axes.bar([n + 0.2 for n in range(len(rows))], theirs, 0.38, color="#bbbbbb", label="Korthikanti et al.")
-    for place, pair in enumerate(zip(below, theirs, strict=True)):
-        for at, height in zip((place - 0.2, place + 0.2), pair, strict=True):
-            axes.text(at, height, f"{height:.3g}", ha="center", va="bottom", fontsize=8)
-    labels = [f"{row['scheme']}\n{row['remat'].partition(':')[0]}" for row in rows]
-    axes.set_xticks(range(len(rows)), labels, fontsize=8)
-    axes.set_ylabel("bytes of a layer and device, in s b h")
-    axes.legend(frameon=False, fontsize=8)
-    axes.set_title("4. A transformer's layer in bfloat16 (22B: t = 8)", loc="left", fontsize=10)
 
 
 def chosen(options: Options) -> list[int]:
@@ -271,7 +177,7 @@ def chosen(options: Options) -> list[int]:
     if options.repeats < 2:
         problems.append(Problem("repeats", options.repeats, "must be at least 2.", str(Options.repeats)))
     if options.topology and topology.parse(options.topology).count > 1:
-        problems.append(Problem("topology", options.topology, "has several devices.", "v5e:1x1"))
+        problems.append(Problem("topology", options.topology, "has several devices.", "v6e:1x1"))
     if problems:
         raise Refused(problems)
     return sorted(set(map(int, words)))
@@ -286,7 +192,9 @@ def main(options: Options) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     devices(1)
     found = measured(options, depths)
-    print(tables(found))
+    texts = [table(found["bills"]), memory_depth.table(found["depth"])]
+    texts += [memory_trade.table(found["trade"], found["time"]), memory_layer.table(found["layer"])]
+    print("\n\n".join(texts))
     (folder / "table.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(f"\npicture: {picture(folder / 'memory.png', found)}\ntable: {folder / 'table.json'}")
 

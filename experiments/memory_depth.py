@@ -7,8 +7,12 @@ fitted by a law. (Chen et al. 2016, arXiv:1604.06174; Huang et al. 2016, arXiv:1
 import math
 from dataclasses import replace
 
-from experiments.memory_layer import parts_of
+from matplotlib.ticker import NullLocator
+
+from experiments.memory_layer import kept, parts_of, size
 from jaxpar import Model
+from jaxpar.report.columns import aligned
+from jaxpar.report.pictures import COLORS
 
 STACKS = {  # as above; many rows of data for each weight, so that slices of weights hide nothing
     "mlp": (Model("mlp", width=16), 32768, 4),
@@ -70,6 +74,9 @@ def growth(name: str, policy: str, depths: list[int]) -> dict:
     for one in ("none", policy):
         work.append(flops.executed(parts_of(deep, batch, side, f"remat={one}")))
     found = {"model": name, "remat": policy, "claimed": GROWTH[name, policy], "line": line, "work": work[1] / work[0]}
+    if policy in ("none", "block") and not unrolled:  # of the last layers: compiled, and what the trace says is kept
+        found["layer"] = (line[-1][1] - line[-2][1]) / (line[-1][0] - line[-2][0])
+        found["traced"] = size(kept(parts))
     return found | law(line)
 
 
@@ -100,3 +107,38 @@ def law(line: list[tuple[int, int]]) -> dict:
     return found | {
         "told": f"{best[1]:.2f}" if grown > 1.1 else "flat"
     }  # a power of depth says nothing of what is flat
+
+
+def table(rows: list[dict]) -> str:
+    """The laws as text."""
+    head = ["stack", "remat", "claimed p", "p", "MB of c", "largest error", "slope without c", "grown", "flops"]
+    head += ["MB a layer", "traced"]
+    lines = []
+    for row in rows:
+        law = [
+            row["told"],
+            f"{row['constant'] / 1e6:.1f}",
+            f"{row['error']:.1%}",
+            f"{row['slope']:.2f}",
+        ]
+        ends = row["line"][-1][0] / row["line"][0][0]
+        law += [f"{row['grown']:.1f} x in {ends:.0f} x depth", f"{row['work']:.3f} x"]
+        law += [f"{row[key] / 1e6:.4f}" if key in row else "" for key in ("layer", "traced")]
+        lines.append([row["model"], row["remat"], row["claimed"], *law])
+    return "2. Temporary bytes, compiled: c + k depth^p\n" + aligned(head, lines, head[2:])
+
+
+def draw(axes, rows: list[dict]) -> None:
+    """Compiled temporary bytes against depth, in log-log."""
+    for number, row in enumerate(row for row in rows if row["model"] in ("mlp", "connected")):
+        chain = row["model"] == "connected"
+        depths, sizes = zip(*row["line"], strict=True)
+        label = f"{'densely connected' if chain else 'remat=' + row['remat']}: p {row['told']}"
+        style = {"marker": "s" if chain else "o", "ls": "--" if chain else "-", "ms": 4, "color": COLORS[number]}
+        axes.plot(depths, [one / 1e6 for one in sizes], label=label, **style)
+    axes.set(xscale="log", yscale="log", xlabel="layers", ylabel="MB of temporaries, compiled")
+    ticks = sorted({depth for row in rows for depth, _ in row["line"] if depth.bit_count() == 1})
+    axes.set_xticks(ticks, list(map(str, ticks)), minor=False)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title("2. c + k depth^p: residual MLPs, and a densely connected one", loc="left", fontsize=10)

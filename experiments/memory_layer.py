@@ -9,7 +9,10 @@ import math
 from collections import Counter
 
 from jaxpar import Model, Plan, Recipe
+from jaxpar.report.columns import aligned
+from jaxpar.report.pictures import COLORS
 
+WIDTHS = {"float32": 4, "bfloat16": 2, "bool": 1}  # bytes
 SHAPE = {"s": 40, "b": 3, "h": 96, "a": 8, "t": 2}  # sizes that tell every dim from every other
 OTHERS = ({"s": 80}, {"b": 5}, {"h": 192}, {"a": 16}, {"t": 4}, {"s": 64, "b": 2, "h": 256, "a": 32, "t": 8})
 PAPER = {"s": 2048, "b": 4, "h": 6144, "a": 64, "t": 8}  # their model of 22B parameters
@@ -119,3 +122,44 @@ def transformer(scheme: str, policy: str) -> dict:
     holds = [size(layer_terms(scheme, policy, one)) == sum(bytes_of(terms, one).values()) for one in shapes]
     found = {"scheme": scheme, "remat": policy, "terms": terms, "ours": ours, "theirs": theirs}
     return found | {"ratio": sum(ours.values()) / theirs, "holds": [sum(holds), len(holds)]}
+
+
+def table(rows: list[dict]) -> str:
+    """What a layer keeps, and of the first row each term, as text."""
+    unit = PAPER["s"] * PAPER["b"] * PAPER["h"]
+    head = ["scheme", "remat", "ours", "theirs", "ratio", "formula holds"]
+    lines = []
+    for row in rows:
+        ours = f"{sum(row['ours'].values()) / unit:.2f}"
+        told = [f"{row['theirs'] / unit:.2f}", f"{row['ratio']:.2f}", "at {} of {} shapes".format(*row["holds"])]
+        lines.append([row["scheme"], row["remat"].partition(":")[0], ours, *told])
+    shape = ", ".join(f"{name}={count}" for name, count in PAPER.items())
+    text = [f"4. Bytes of a layer in units of s b h, at {shape}", aligned(head, lines, head[2:])]
+    terms, lines = rows[0]["terms"], []
+    for term, count in terms.items():
+        theirs, what = TERMS.get(term, (0, "statistics of norms and softmax, not counted in theirs"))
+        lines.append(
+            [term, str(count), str(count * WIDTHS[term.split()[-1]] * (4 if "4h" in term else 1)), str(theirs), what]
+        )
+    head = ["one_d, none", "arrays", "bytes", "theirs", "what it is"]
+    return "\n".join([*text, "", aligned(head, lines, head[1:4])])
+
+
+def draw(axes, rows: list[dict]) -> None:
+    """Bytes of a layer by dtype, beside the paper's."""
+    unit = PAPER["s"] * PAPER["b"] * PAPER["h"]
+    below = [0.0] * len(rows)
+    for number, dtype in enumerate(WIDTHS):
+        sizes = [sum(n for term, n in row["ours"].items() if term.endswith(f" {dtype}")) / unit for row in rows]
+        axes.bar([n - 0.2 for n in range(len(rows))], sizes, 0.38, bottom=below, color=COLORS[number], label=dtype)
+        below = [a + b for a, b in zip(below, sizes, strict=True)]
+    theirs = [row["theirs"] / unit for row in rows]
+    axes.bar([n + 0.2 for n in range(len(rows))], theirs, 0.38, color="#bbbbbb", label="Korthikanti et al.")
+    for place, pair in enumerate(zip(below, theirs, strict=True)):
+        for at, height in zip((place - 0.2, place + 0.2), pair, strict=True):
+            axes.text(at, height, f"{height:.3g}", ha="center", va="bottom", fontsize=8)
+    labels = [f"{row['scheme']}\n{row['remat'].partition(':')[0]}" for row in rows]
+    axes.set_xticks(range(len(rows)), labels, fontsize=8)
+    axes.set_ylabel("bytes of a layer and device, in s b h")
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title("4. A transformer's layer in bfloat16 (22B: t = 8)", loc="left", fontsize=10)

@@ -5,6 +5,8 @@ import time
 
 from experiments.memory_layer import kept, parts_of, size
 from jaxpar import Model
+from jaxpar.report.columns import aligned
+from jaxpar.report.pictures import COLORS
 
 TRADED = {  # model, batch, side of an image
     "convnet": (Model("convnet", layers=16, width=64), 16, 32),
@@ -20,8 +22,7 @@ def trade(name: str, topology: str) -> list[dict]:
     """Flops and bytes of a step in bfloat16 that keeps everything, products, or inputs of blocks."""
     import jax
 
-    from jaxpar.report import compiled, flops
-    from jaxpar.report import topology as topologies
+    from jaxpar.report import flops
     from jaxpar.step.program import traced
 
     model, batch, side = TRADED[name]
@@ -37,10 +38,19 @@ def trade(name: str, topology: str) -> list[dict]:
         row["total"] = (weights + row["kept"]) / (weights + first["kept"])
         row["with_block"] = (weights + row["kept"] + row["again"]) / (weights + first["kept"])
         row |= {"of_old": work / first["flops"] - 1, "of_new": 1 - first["flops"] / work}
-        if topology:
-            row["compiled"] = compiled.compile_for(parts, topologies.parse(topology)).temporary
+        row["compiled"] = temporary(parts, topology) if topology else ""
         rows.append(row)
     return rows
+
+
+def temporary(parts, word: str) -> str:
+    """Megabytes of temporaries of a step compiled for a chip that need not be there."""
+    from jaxpar.report import compiled, topology
+
+    try:
+        return f"{compiled.compile_for(parts, topology.parse(word)).temporary / 1e6:,.1f}"
+    except compiled.DoesNotFit:
+        return "does not fit"
 
 
 def timed(name: str, repeats: int) -> dict:
@@ -70,3 +80,37 @@ def timed(name: str, repeats: int) -> dict:
     quarter = len(ratios) // 4
     found = {"model": name, "longer": statistics.median(ratios), "half": [ratios[quarter], ratios[-1 - quarter]]}
     return found | {"flops": work["block"] / work["none"] - 1}
+
+
+def table(rows: list[dict], times: list[dict]) -> str:
+    """What was traded and timed as text."""
+    head = ["stack", "remat", "weights", "kept", "and a block", "saved", "with the block"]
+    head += ["flops of the old total", "of the new", "compiled"]
+    lines = []
+    for row in rows:
+        sizes = [f"{row[key] / 1e6:,.1f}" for key in ("weights", "kept", "again")]
+        shares = [f"{one:.1%}" for one in (1 - row["total"], 1 - row["with_block"], row["of_old"], row["of_new"])]
+        lines.append([row["model"], row["remat"], *sizes, *shares, row["compiled"]])
+    text = ["3. 25 % more compute saves 80 %? MB in bfloat16, from the trace", aligned(head, lines, head[2:])]
+    head, lines = ["timed, float32", "flops", "longer", "middle half of pairs"], []
+    for row in times:
+        shares = [f"{one:+.1%}" for one in (row["flops"], row["longer"], *row["half"])]
+        lines.append([row["model"], *shares[:2], " to ".join(shares[2:])])
+    text += ["\n20-30 % slower? remat=block against none, in turn, on this machine", aligned(head, lines, head[1:])]
+    return "\n".join(text)
+
+
+def draw(axes, rows: list[dict]) -> None:
+    """What is left of the memory against what more is computed."""
+    for number, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        here = [row for row in rows if row["model"] == name]
+        across, up = ([100 * row[key] for row in here] for key in ("of_new", "with_block"))
+        axes.plot(across, up, "o-", color=COLORS[number], label=name)
+        for x, y, row in zip(across, up, here, strict=True):
+            offset = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8, "color": COLORS[number]}
+            axes.annotate(row["remat"], (x, y), **offset)
+    axes.plot([25], [20], "k*", ms=11, label="claimed: 25 %, 20 % left", zorder=0)
+    axes.set(xlim=(-1, 30), ylim=(0, 108), xlabel="% of the new total of flops that is computed again")
+    axes.set_ylabel("% of the memory: weights, what is kept, a block")
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title("3. 25 % more compute saves 80 % of the memory", loc="left", fontsize=10)

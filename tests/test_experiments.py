@@ -134,33 +134,33 @@ def test_scaling_predicts_every_kind_of_plan(tmp_path, capsys, monkeypatch):
         scaling.chosen(scaling.Options(shapes="tinier", devices="7", compiled=-1))
 
 
+SMALLER = {"convnet": (Model("convnet", layers=3, width=16), 16, 8), "mlp": (Model("mlp", layers=9, width=16), 64, 4)}
+
+
 def test_memory_measures_what_is_claimed(tmp_path, capsys, monkeypatch):
-    small = {"convnet": (Model("convnet", layers=3, width=16), 16, 8), "mlp": (Model("mlp", layers=9, width=16), 64, 4)}
-    monkeypatch.setattr(memory, "BILLS", {"GPT": memory.BILLS["GPT 124M, 8 x 1024 tokens"]})
-    monkeypatch.setattr(memory, "SMALL", {"small": (*small["mlp"], "data=1")})
-    for where in (memory, memory_depth):
-        monkeypatch.setattr(where, "GROWTH", {("mlp", "sqrt"): "1/2", ("connected", "none"): "2"})
-    monkeypatch.setattr(memory_depth, "CONNECTED", (6, 9, 12))
-    chosen = {key: memory_layer.CLAIMED[key] for key in (("one_d", "none"), ("sequence", "block"))}
-    for module in (memory, memory_layer):
-        monkeypatch.setattr(module, "CLAIMED", chosen)
-    for where, cases in (("TRADED", small), ("TIMED", {"mlp": small["mlp"]})):
-        for module in (memory, memory_trade):
-            monkeypatch.setattr(module, where, cases)
+    large = {"GPT": memory.BILLS["GPT 124M, 8 x 1024 tokens"]}
+    few = {key: memory_layer.CLAIMED[key] for key in (("one_d", "none"), ("sequence", "block"))}
+    chain = {("connected", "none"): "2"}
+    for module, name, cases in (
+        (memory, "BILLS", large),
+        (memory, "SMALL", {}),
+        (memory_depth, "GROWTH", chain),
+        (memory_trade, "TRADED", SMALLER),
+        (memory_trade, "TIMED", {}),
+        (memory_layer, "CLAIMED", few),
+    ):
+        monkeypatch.setattr(module, name, cases)
+    monkeypatch.setattr(memory_depth, "CONNECTED", (4, 6, 8))
     monkeypatch.setattr(memory_layer, "OTHERS", ({"s": 64, "b": 2, "h": 256, "a": 32, "t": 8},))
-    made = memory.Options("t", str(tmp_path), depths="4,16,64", repeats=2)
+    made = memory.Options("t", str(tmp_path))
     memory.main(made)
     found = json.loads((tmp_path / "t" / "table.json").read_text())
-    large, compiled = found["bills"]
-    assert large["share"] > 0.9 and compiled["total"] == pytest.approx(compiled["compiled"], rel=0.05)
-    root, square = found["depth"]
-    assert (root["p"], root["error"]) == pytest.approx((0.5, 0), abs=1e-3) and 1.65 < square["p"] < 2.05
+    (bill,), (chain,), (everything, inputs) = (found[section] for section in ("bills", "depth", "layer"))
+    assert bill["share"] > bill["of_data"] > 0.85 and chain["p"] > 1.5
     rows = {(row["model"], row["remat"]): row for row in found["trade"]}
     block = rows["convnet", "block"]
     assert (block["of_old"], block["of_new"]) == pytest.approx((1 / 3, 1 / 4), abs=0.01) and block["total"] < 0.2
     assert rows["convnet", "dots"]["of_old"] == 0 < rows["mlp", "block"]["of_old"] < 1 / 5
-    assert found["time"][0]["flops"] > 0 and all(-1 < one < 100 for one in found["time"][0]["half"])
-    everything, inputs = found["layer"]
     assert everything["holds"] == inputs["holds"] == [1, 1] and inputs["ratio"] == 1
     for term, count in {"b s h/t bfloat16": 4, "b s 4h/t bfloat16": 2, "b s h bool": 2, "b a/t s s bool": 1}.items():
         assert everything["terms"][term] == count, "what the paper counts as well"
@@ -187,3 +187,30 @@ def test_zero_makes_the_table_of_its_paper(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "t" / "zero.png").stat().st_size > 10_000 and "31.4" in capsys.readouterr().out
     with pytest.raises(Refused, match="devices = 1: must be at least 2"):
         zero.main(zero.Options("u", str(tmp_path), devices=1))
+
+
+def test_memory_tells_laws_of_growth_apart():
+    for p in (0.5, 1, 2):
+        found = memory_depth.law([(depth, round(3e6 + 1e6 * depth**p)) for depth in (4, 16, 64, 256)])
+        assert (found["p"], found["constant"]) == (pytest.approx(p), pytest.approx(3e6, rel=1e-3))
+    assert memory_depth.law([(4, 1000), (16, 1001), (64, 1000)])["told"] == "flat"
+    assert [memory_depth.even(depth, "nested:3") for depth in (4, 16, 64, 256, 1024)] == [8, 27, 64, 216, 1000]
+    assert [memory_depth.even(depth, "sqrt") for depth in (4, 15, 64)] == [4, 16, 64]
+
+
+@pytest.mark.slow
+def test_memory_of_compiled_stacks_grows_as_it_should(monkeypatch):
+    monkeypatch.setattr(memory, "SMALL", {"small": ()})
+    small = memory.bill("small", (*SMALLER["mlp"], "data=1"))
+    assert small["total"] == pytest.approx(small["compiled"], rel=0.05)
+    wanted = {"none": 1, "block": 1, "sqrt": 1 / 2, "nested:3": 1 / 3}
+    found = {policy: memory_depth.growth("mlp", policy, [4, 16, 64, 256]) for policy in wanted}
+    for policy, p in wanted.items():
+        assert (found[policy]["p"], found[policy]["error"]) == pytest.approx((p, 0), abs=0.02)
+        assert found[policy].get("layer") == found[policy].get("traced"), "bytes that each layer adds"
+    assert memory_depth.growth("mlp", "binomial:4", [16, 64, 256])["told"] == "flat"
+    assert memory_depth.growth("connected", "none", [])["p"] == pytest.approx(2, abs=0.1)
+    monkeypatch.setattr(memory_trade, "TIMED", SMALLER)
+    timed = memory_trade.timed("mlp", 3)
+    low, high = timed["half"]
+    assert timed["flops"] > 0 and -1 < low <= timed["longer"] <= high
