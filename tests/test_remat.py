@@ -203,6 +203,14 @@ def test_a_budget_is_never_exceeded_and_the_more_it_is_the_less_is_computed_agai
     assert work[0] == block > work[1] and work[-1] == none
 
 
+def test_the_model_has_its_flops_whatever_a_device_may_keep():
+    """All examples on one device would keep more than a budget that is enough for four."""
+    plan = "data=4,remat=budget:{}"
+    least = int(re.search(r"at least (\d+) bytes", told(MODELS["mlp"], plan.format(1))["plan.remat"])[1])
+    parts, _ = built(recipe_of(MODELS["mlp"], plan.format(least)))
+    assert flops.of_model(parts) == flops.of_model(built(recipe_of(MODELS["mlp"], "data=1"))[0]) > 0
+
+
 @pytest.mark.parametrize("policy", ["block", pytest.param("binomial:2", marks=pytest.mark.slow)])
 def test_what_xla_partitions_is_computed_again_as_well(policy):
     plan = f"data=2,tensor=one_d:2,partition=auto,remat={policy}"

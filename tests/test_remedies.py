@@ -86,6 +86,12 @@ def test_where_nothing_helps_that_is_said(monkeypatch):
     assert found == [] and str(problem).endswith("Take a smaller model, batch or context; or more devices.")
 
 
+def test_a_change_that_the_plans_budget_does_not_allow_is_left_out(monkeypatch):
+    fewer(monkeypatch, {"data": 1, "tensor": "one_d:2"}, {"zero": 3})
+    found = found_by(need_of("data=2,remat=budget:100kB", 10))  # whole batches are 128 KiB of block inputs
+    assert [one.change for one in found] == [{"zero": 3}]
+
+
 @pytest.mark.parametrize("plan", ["data=4", "data=4,tensor=one_d:2,remat=block", "data=2,pipe=2,microbatches=4"])
 def test_the_changes_that_are_tried_are_plans_for_as_many_devices(plan):
     before, devices = Plan.parse(plan), 1

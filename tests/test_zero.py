@@ -246,6 +246,7 @@ WRONG = [
     ("tensor=one_d:2,zero=2", {"plan.zero"}),
     ("data=4,zero_group=2", {"plan.zero_group"}),
     ("data=4,zero=1,zero_group=3", {"plan.zero_group"}),
+    ("data=4,zero=3,zero_group=1", {"plan.zero_group"}),
     ("data=4,zero=7,zero_group=3", {"plan.zero", "plan.zero_group"}),
 ]
 
@@ -255,6 +256,13 @@ def test_wrong_fields_are_named(plan, fields):
     with pytest.raises(Refused) as refused:
         built(recipe_of(SMALL["mlp"], plan))
     assert {problem.field for problem in refused.value.problems} == fields
+
+
+@pytest.mark.parametrize(("group", "axes"), [(0, ("data", "depth")), (2, ("group",)), (4, ("data",))])
+def test_a_group_is_of_the_data_axis(group, axes):
+    """Without a group state is split over the copies of a scheme as well."""
+    parts, _ = built(recipe_of(SMALL["mlp"], f"data=4,tensor=two_half_d:2x1x1,zero=3,zero_group={group}"))
+    assert parts.settings.zero.axes == axes
 
 
 @pytest.mark.parametrize("plan", ["data=4,tensor=one_d:2,zero=3", "data=2,tensor=two_d:2x2,zero=1"])

@@ -84,9 +84,10 @@ def _of_zero(plan: Plan) -> Iterator[Problem]:
     if plan.zero_group > 0 and not plan.zero:
         rule = "says how many devices share out one copy, and plan.zero = 0."
         yield Problem("plan.zero_group", plan.zero_group, rule, "zero_group=0; or zero=1, 2 or 3")
-    elif plan.zero_group > 0 and plan.data % plan.zero_group:
-        divisors = ", ".join(str(n) for n in range(1, plan.data + 1) if plan.data % n == 0)
-        yield Problem("plan.zero_group", plan.zero_group, f"must divide plan.data = {plan.data}.", divisors)
+    elif plan.zero_group == 1 or (plan.zero_group > 1 and plan.data % plan.zero_group):
+        divisors = ", ".join(["0", *(str(n) for n in range(2, plan.data + 1) if plan.data % n == 0)])
+        rule = f"must divide plan.data = {plan.data}, and one device alone shares nothing out."
+        yield Problem("plan.zero_group", plan.zero_group, rule, divisors)
 
 
 def group(plan: Plan) -> int:

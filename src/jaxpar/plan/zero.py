@@ -107,10 +107,13 @@ def zero_of(plan: Plan, placement: Placement, dims: Tree, shapes: Tree) -> Zero:
 
 
 def _axes(plan: Plan, placement: Placement) -> Axes:
+    """All axes that hold copies, those of a scheme as well; but of a group only those of the data axis."""
     if not plan.zero:
         return ()
     copies = layout.replicas(placement)
-    return (layout.GROUP,) if layout.GROUP in copies else copies
+    if not plan.zero_group:
+        return copies
+    return (layout.GROUP if layout.GROUP in copies else "data",)
 
 
 def _rest(placement: Placement, words: str, on_disk: tuple[int, ...], axes: Axes) -> Rest:

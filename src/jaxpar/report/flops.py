@@ -5,6 +5,7 @@ import jax
 from jaxpar.core import compat, products
 from jaxpar.core.walk import jaxprs
 from jaxpar.plan.layout import SINGLE
+from jaxpar.plan.remat import NONE
 from jaxpar.plan.wire import device_wire
 from jaxpar.report.traced import shares_of
 from jaxpar.step.objective import nats
@@ -22,7 +23,7 @@ def of_model(parts: Parts) -> float:
     Source: 3 x the forward pass: Kaplan et al. 2020, arXiv:2001.08361, section 2.1; MFU: Chowdhery et al. 2022,
     arXiv:2204.02311, appendix B.
     """
-    settings = parts.settings._replace(placement=SINGLE, wire=device_wire())
+    settings = parts.settings._replace(placement=SINGLE, wire=device_wire(), remat=NONE)  # a budget is one of a device
     params, extra = jax.eval_shape(lambda: parts.model.init(jax.random.key(0)))
     batch = parts.inputs, parts.labels
     walked = jax.make_jaxpr(lambda *args: nats(parts.model, settings._replace(key=jax.random.key(0)), *args))(

@@ -171,9 +171,9 @@ def _tried(need: Need, change: dict[str, Any], now: tuple[dict[str, int], float]
     held, seconds = now
     try:
         parts = need.remake(dataclasses.replace(need.plan, **change))
+        trace = _trace(parts)  # refuses a budget of bytes that is too small for the other plan
     except Refused:
         return []
-    trace = _trace(parts)
     total = _bytes(need, parts, trace)["total"]
     fits = need.room is not None and total <= need.room
     found = Remedy(change, total, held["total"] - total, _seconds(need, parts, trace) - seconds, fits)
