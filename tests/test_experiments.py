@@ -169,3 +169,9 @@ def test_memory_measures_what_is_claimed(tmp_path, capsys, monkeypatch):
     for wrong, told in ((made, "--overwrite"), (replace(made, depths="4,x", repeats=1), r"depths = 4,x.*\n.*repeats")):
         with pytest.raises(Refused, match=told):
             memory.main(wrong)
+
+
+@pytest.mark.parametrize("depths", ["4,04,16", "1,2,3", "4,16,100000", ""])
+def test_memory_names_every_wrong_flag_at_once(depths):
+    with pytest.raises(Refused, match=r"depths = .*2 to 10000.*\n.*repeats = 1.*\n.*topology = v9z:2x2"):
+        memory.chosen(memory.Options(depths=depths, repeats=1, topology="v9z:2x2"))
