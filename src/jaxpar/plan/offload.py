@@ -35,7 +35,7 @@ def parse(text: str) -> frozenset[str]:
         return frozenset()
     names = [name.strip() for name in text.split(JOINED)]
     wrong = [
-        Problem("plan.offload", text, f"there is no `{name}` to offload.", near_miss(name, (*KINDS, NONE)))
+        Problem("plan.offload", text, f"there is no `{name}` to offload.", near_miss(name, KINDS + (NONE,) * (name != NONE)))
         for name in dict.fromkeys(names)
         if name not in KINDS
     ]
