@@ -32,9 +32,9 @@ from matplotlib.figure import Figure
 
 from experiments import memory_depth, memory_layer, memory_trade
 from experiments.memory_layer import parts_of
-from jaxpar import Model, Refused
+from jaxpar import Model
 from jaxpar.cli import exit_codes, flags
-from jaxpar.core.refuse import Problem
+from jaxpar.core.refuse import Collector, Problem, refuse
 from jaxpar.report.columns import aligned
 from jaxpar.report.pictures import COLORS
 from jaxpar.train.folder import of_study
@@ -167,19 +167,23 @@ def chosen(options: Options) -> list[int]:
     """The depths that the flags name.
 
     Raises:
-        Refused: for fewer than three depths, fewer than two repeats, and a topology of more than one device.
+        Refused: for fewer than three depths, one out of range, fewer than two repeats, and a topology that is none or
+            has more than one device.
     """
     from jaxpar.report import topology
+    from jaxpar.step.checks import MOST_LAYERS
 
     words, problems = [word.strip() for word in options.depths.split(",")], []
-    if not all(word.isdecimal() and int(word) > 1 for word in words) or len(set(words)) < 3:
-        problems.append(Problem("depths", options.depths, "must be three depths or more.", Options.depths))
+    fine = all(word.isdecimal() and 1 < int(word) <= MOST_LAYERS for word in words)
+    if not fine or len(set(map(int, words))) < 3:
+        rule = f"must be three different depths or more, each 2 to {MOST_LAYERS}."
+        problems.append(Problem("depths", options.depths or "(nothing)", rule, Options.depths))
     if options.repeats < 2:
         problems.append(Problem("repeats", options.repeats, "must be at least 2.", str(Options.repeats)))
-    if options.topology and topology.parse(options.topology).count > 1:
-        problems.append(Problem("topology", options.topology, "has several devices.", "v6e:1x1"))
-    if problems:
-        raise Refused(problems)
+    where = Collector(problems).attempt(topology.parse, options.topology) if options.topology else None
+    if where and where.count > 1:
+        problems.append(Problem("topology", options.topology, "has several devices.", "v5e:1x1"))
+    refuse(problems)
     return sorted(set(map(int, words)))
 
 

@@ -214,3 +214,9 @@ def test_memory_of_compiled_stacks_grows_as_it_should(monkeypatch):
     timed = memory_trade.timed("mlp", 3)
     low, high = timed["half"]
     assert timed["flops"] > 0 and -1 < low <= timed["longer"] <= high
+
+
+@pytest.mark.parametrize("depths", ["4,04,16", "1,2,3", "4,16,100000", ""])
+def test_memory_names_every_wrong_flag_at_once(depths):
+    with pytest.raises(Refused, match=r"depths = .*2 to 10000.*\n.*repeats = 1.*\n.*topology = v9z:2x2"):
+        memory.chosen(memory.Options(depths=depths, repeats=1, topology="v9z:2x2"))

@@ -23,7 +23,7 @@ class Plan:
         microbatches: parts of a batch that are worked on one after the other, gradients summed.
         storage: what a pipeline stage keeps: `recompute` or `residual`.
         zero: ZeRO stage over the data axis, 0 to 3.
-        zero_group: devices of the data axis that share one copy; 0 for all.
+        zero_group: devices of the data axis that share out one copy; 0 for all that hold copies.
         remat: what the backward pass computes again.
         regather: inside a scan over blocks, gather operands again in the backward pass rather than keep them; and under
             ZeRO stage 3 gather parameters for every block, forward and back, rather than once per step.

@@ -85,9 +85,9 @@ def _of_zero(plan: Plan) -> Iterator[Problem]:
         rule = "says how many devices share out one copy, and plan.zero = 0."
         yield Problem("plan.zero_group", plan.zero_group, rule, "zero_group=0; or zero=1, 2 or 3")
     elif plan.zero_group == 1 or (plan.zero_group > 1 and plan.data % plan.zero_group):
-        divisors = ", ".join(["0", *(str(n) for n in range(2, plan.data + 1) if plan.data % n == 0)])
+        legal = ", ".join(map(str, [0, *_divisors(plan.data)[1:]]))
         rule = f"must divide plan.data = {plan.data}, and one device alone shares nothing out."
-        yield Problem("plan.zero_group", plan.zero_group, rule, divisors)
+        yield Problem("plan.zero_group", plan.zero_group, rule, legal)
 
 
 def group(plan: Plan) -> int:
@@ -161,7 +161,7 @@ def of_model(placement: Placement, dims, shapes, counts: Mapping[str, int]) -> I
     parts = layout.size(scheme, scheme.inner[1])
     if heads and heads % parts:
         rule = f"must split into {parts} parts, over {shown(scheme, scheme.inner[1])}."
-        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        divisors = ", ".join(map(str, _divisors(heads)))
         yield Problem(
             "model.heads", heads, rule, f"{multiples(heads, parts)}; or a scheme that splits heads {divisors} ways"
         )
@@ -172,8 +172,14 @@ def of_heads(width: int | None, heads: int | None, kv_heads: int | None) -> Iter
     if width and heads and width % heads:
         yield Problem("model.width", width, f"must be a multiple of model.heads = {heads}.", multiples(width, heads))
     if heads and kv_heads and heads % kv_heads:
-        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        divisors = ", ".join(map(str, _divisors(heads)))
         yield Problem("model.kv_heads", kv_heads, f"must divide model.heads = {heads}.", divisors)
+
+
+def _divisors(count: int) -> list[int]:
+    """All of them, the least first; none of what is below 1."""
+    small = [n for n in range(1, math.isqrt(max(count, 0)) + 1) if count % n == 0]
+    return sorted({*small, *(count // n for n in small)})
 
 
 def multiples(value: int, of: int) -> str:

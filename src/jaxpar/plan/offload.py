@@ -34,8 +34,9 @@ def parse(text: str) -> frozenset[str]:
     if text == NONE:
         return frozenset()
     names = [name.strip() for name in text.split(JOINED)]
+    legal = KINDS if NONE in names else (*KINDS, NONE)
     wrong = [
-        Problem("plan.offload", text, f"there is no `{name}` to offload.", near_miss(name, (*KINDS, NONE)))
+        Problem("plan.offload", text, f"there is no `{name}` to offload.", near_miss(name, legal))
         for name in dict.fromkeys(names)
         if name not in KINDS
     ]
