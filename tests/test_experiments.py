@@ -138,7 +138,7 @@ SMALLER = {"convnet": (Model("convnet", layers=3, width=16), 16, 8), "mlp": (Mod
 
 def test_memory_measures_what_is_claimed(tmp_path, capsys, monkeypatch):
     large = {"GPT": memory.BILLS["GPT 124M, 8 x 1024 tokens"]}
-    few = {key: memory_layer.CLAIMED[key] for key in (("one_d", "none"), ("sequence", "block"))}
+    few = {key: memory_layer.CLAIMED[key] for key in (("one_d", "none"), ("one_d", "block"))}
     chain = {("connected", "none"): "2"}
     for module, name, cases in (
         (memory, "BILLS", large),
