@@ -5,7 +5,8 @@
 2. *Storage against depth* (`memory_depth.py`). Temporary bytes of compiled steps, fitted as c + k depth^p, with c for
    one block at work. Expect p = 1 for residual stacks, also with `remat=block` (k is smaller); 1/2 for `sqrt`, 1/3 for
    `nested:3`, no growth for `binomial:4`; 2 for a densely connected chain, each layer of which takes all before it and
-   stores the concatenation. Depths of nested segments are the nearest that they divide.
+   stores the concatenation (1 + 2 + .. + n arrays, and some for each layer, so p is a little less). Depths of
+   nested segments are the nearest that they divide.
 3. *25 % more compute saves 80 % of the memory* (`memory_trade.py`): of residual networks, batch 16, 16 bits, one copy
    of the weights, inputs of blocks kept, total = weights + activations. Flops are counted in the trace, and so are
    bytes: XLA for CPU keeps float32 beside bfloat16. Expect at most a quarter of the *new* total, since the work of 4
@@ -160,7 +161,7 @@ def draw(axes, rows: list[dict]) -> None:
         axes.text(101, place, f"{told}, data {row['of_data']:.0%}", va="center", fontsize=8)
     axes.set_yticks(list(places), [row["case"] for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 128), xlabel="% of a step's bytes, float32 and Adam, predicted")
+    axes.set(xlim=(0, 128), xticks=range(0, 101, 20), xlabel="% of a step's bytes, float32 and Adam, predicted")
     axes.legend(frameon=False, fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.4, 1.0), columnspacing=1)
     axes.set_title("1. Activations dominate where data is plenty", loc="left", fontsize=10, pad=22)
 
