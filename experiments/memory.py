@@ -1,20 +1,23 @@
 """Where does the memory of a step go, and what does computing again save?  What lectures claim, measured.
 
 1. *Activations dominate.* The predicted bill of steps of usual sizes, and of small ones next to the compiled step.
-   Expect: true where there are many rows of data for each weight, as of convnets and long batches; else Adam wins.
+   Expect: true where there are many rows of data for each weight, as of convnets and long batches; else weights do.
 2. *Storage against depth* (`memory_depth.py`). Temporary bytes of compiled steps, fitted as c + k depth^p, with c for
    one block at work. Expect p = 1 for residual stacks, also with `remat=block` (k is smaller); 1/2 for `sqrt`, 1/3 for
    `nested:3`, no growth for `binomial:4`; 2 for a densely connected chain, each layer of which takes all before it and
-   stores the concatenation. Depths of nested segments are the nearest that they divide.
+   stores the concatenation (1 + 2 + .. + n arrays, and some for each layer, so p is a little less). Depths of
+   nested segments are the nearest that they divide.
 3. *25 % more compute saves 80 % of the memory* (`memory_trade.py`): of residual networks, batch 16, 16 bits, one copy
    of the weights, inputs of blocks kept, total = weights + activations. Flops are counted in the trace, and so are
-   bytes: XLA for CPU keeps float32 beside bfloat16. Expect at most a quarter of the *new* total, since 4 forward passes
-   instead of 3 are a third of the old one. And *a step takes 20-30 % longer*: two small ones timed in turn here.
+   bytes: XLA for CPU keeps float32 beside bfloat16. Expect at most a quarter of the *new* total, since the work of 4
+   forward passes instead of 3 is a third of the old one. And *a step takes 20-30 % longer*:
+   two small ones, timed in turn on this machine.
 4. *Bytes that a transformer's layer keeps* (`memory_layer.py`): what is found in the trace of ours, next to the
-   formulas of Korthikanti et al. 2022, arXiv:2205.05198, equations 1 to 4 and table 2.
+   formulas of Korthikanti et al. 2022, arXiv:2205.05198, table 2.
 
 Section 2 compiles large programs, and only section 3 runs any, small ones: some minutes on 2 idle cores. With
-`--topology v6e:1x1` (needs libtpu) section 3 is compiled for that chip too, which keeps 16 bits.
+`--topology v6e:1x1` (needs libtpu; minutes for each of six steps) section 3 is compiled for that chip too, which keeps
+16 bits, but pads dims to its tiles.
 
     python -m experiments.memory
     python -m experiments.memory --depths 4,16,64 --name short
@@ -158,7 +161,7 @@ def draw(axes, rows: list[dict]) -> None:
         axes.text(101, place, f"{told}, data {row['of_data']:.0%}", va="center", fontsize=8)
     axes.set_yticks(list(places), [row["case"] for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 128), xlabel="% of a step's bytes, float32 and Adam, predicted")
+    axes.set(xlim=(0, 128), xticks=range(0, 101, 20), xlabel="% of a step's bytes, float32 and Adam, predicted")
     axes.legend(frameon=False, fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.4, 1.0), columnspacing=1)
     axes.set_title("1. Activations dominate where data is plenty", loc="left", fontsize=10, pad=22)
 

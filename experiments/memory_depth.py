@@ -133,7 +133,8 @@ def draw(axes, rows: list[dict]) -> None:
     for number, row in enumerate(row for row in rows if row["model"] in ("mlp", "connected")):
         chain = row["model"] == "connected"
         depths, sizes = zip(*row["line"], strict=True)
-        label = f"{'densely connected' if chain else 'remat=' + row['remat']}: p {row['told']}"
+        told = "flat" if row["told"] == "flat" else f"p = {row['told']}"
+        label = f"{'densely connected' if chain else 'remat=' + row['remat']}: {told}"
         style = {"marker": "s" if chain else "o", "ls": "--" if chain else "-", "ms": 4, "color": COLORS[number]}
         axes.plot(depths, [one / 1e6 for one in sizes], label=label, **style)
     axes.set(xscale="log", yscale="log", xlabel="layers", ylabel="MB of temporaries, compiled")

@@ -1,8 +1,9 @@
 """What does a block keep for its backward pass?  Section 4 of `experiments/memory.py`, which runs it.
 
-Korthikanti et al. 2022 (arXiv:2205.05198, equations 1 to 4, table 2) count 16-bit activations and masks of a byte of
-their implementation. Here the terms are found in the trace of ours, in bfloat16 with dropout, and named by their dims.
-Letters as theirs: sequence s, microbatch b, width h, heads a, tensor-parallel devices t.
+Korthikanti et al. 2022 (arXiv:2205.05198, table 2) count 16-bit activations, and masks of a byte, of their own code.
+Here the terms are found in the trace of ours, in bfloat16 with dropout, and named by their dims. Letters as theirs:
+sequence s, microbatch b, width h, heads a, tensor-parallel devices t. Not counted, there or here: weights. Where ours
+keeps everything, their casts to 16 bits are kept too, 24 h^2 / t bytes of a layer.
 """
 
 import math
@@ -23,7 +24,7 @@ CLAIMED = {  # bytes of a layer: theirs
     ("one_d", SELECTIVE): lambda s, b, h, a, t: s * b * h * (10 + 24 / t),
     ("sequence", SELECTIVE): lambda s, b, h, a, t: s * b * h / t * 34,
     ("one_d", "block"): lambda s, b, h, a, t: 2 * s * b * h,
-    ("sequence", "block"): lambda s, b, h, a, t: 2 * s * b * h / t,
+    ("sequence", "block"): lambda s, b, h, a, t: 2 * s * b * h,  # kept whole, to save a gather; ours is split
 }
 TERMS = {  # of what `one_d` keeps, dims and dtype: their bytes in units of the dims, and what it is
     "b s h float32": (4, "norms: theirs keep the input in 16 bits, ours what autodiff reads, 3 arrays of 32 each"),

@@ -14,7 +14,7 @@ TRADED = {  # model, batch, side of an image
 }
 TIMED = {
     "gpt": (Model("gpt", layers=12, width=128, heads=4, context=64, vocab=256), 16, 0),
-    "convnet": (Model("convnet", layers=12, width=32), 16, 16),
+    "convnet": (Model("convnet", layers=12, width=16), 16, 16),
 }
 
 
