@@ -29,6 +29,7 @@ def plans():
     orders = itertools.cycle(["one_f_one_b", "zero_bubble_h1,storage=residual", "gpipe,storage=residual"])
     for stage, mesh in itertools.product(STAGES, MESHES):
         how = PIPED.format(next(orders)) if "pipe" in mesh else next(ways)
+        how = "regather=false" if how == "unroll=true" and stage == 3 else how
         yield ",".join(filter(None, [mesh, f"zero={stage}", how]))
 
 
@@ -90,7 +91,7 @@ def test_every_schedule(mesh, schedule, stage, storage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["", "microbatches=2", "regather=false", "unroll=true", "remat=block", "remat=sqrt"])
+@pytest.mark.parametrize("how", ["", "microbatches=2", "regather=false", "remat=block", "remat=sqrt"])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("mesh", [*MESHES[:3], "data=8", "data=2,tensor=sequence:4", "data=4,tensor=two_half_d:2x1x1"])
 @pytest.mark.parametrize("name", ["gpt", "gru", "convnet", "mlp"])
@@ -247,6 +248,7 @@ WRONG = [
     ("data=4,zero_group=2", {"plan.zero_group"}),
     ("data=4,zero=1,zero_group=3", {"plan.zero_group"}),
     ("data=4,zero=3,zero_group=1", {"plan.zero_group"}),
+    ("data=4,zero=3,unroll=true", {"plan.unroll"}),
     ("data=4,zero=7,zero_group=3", {"plan.zero", "plan.zero_group"}),
 ]
 

@@ -88,6 +88,9 @@ def _of_zero(plan: Plan) -> Iterator[Problem]:
         legal = ", ".join(map(str, [0, *_divisors(plan.data)[1:]]))
         rule = f"must divide plan.data = {plan.data}, and one device alone shares nothing out."
         yield Problem("plan.zero_group", plan.zero_group, rule, legal)
+    if plan.zero == 3 and plan.unroll == "true" and plan.regather:
+        rule = "under plan.zero = 3: outside of a scan XLA merges gathers, and keeps what it gathered."
+        yield Problem("plan.unroll", "true", rule, "unroll=auto; or regather=false, to gather once")
 
 
 def group(plan: Plan) -> int:

@@ -279,10 +279,12 @@ def _own(found: dict[str, Any]) -> Iterable[str]:
             rows.append(("sent meanwhile", f"{made['beside']:,.0f} of {made['started']:,.0f} asynchronous bytes"))
         yield aligned(("", ""), rows).strip("\n")
     if found["room"] and found["fits"] is None:
-        certain = sum(found["memory"]["predicted"].get(name, 0) for name in CERTAIN)
-        yield (
-            f"Without activations each device holds {certain / 2**30:,.2f} of its {found['room'] / 2**30:,.1f} GiB; "
-            "whether the rest fits, the compiled step says."
-        )
+        held, room = found["memory"]["predicted"], f"{found['room'] / 2**30:,.1f} GiB"
+        if held["total"] and FOLLOWED not in found["warnings"]:
+            yield f"Each device would hold {held['total'] / 2**30:,.2f} of its {room}, as predicted for its compiler."
+        else:
+            certain = sum(held.get(name, 0) for name in CERTAIN)
+            rest = "whether the rest fits, the compiled step says."
+            yield f"Without activations each device holds {certain / 2**30:,.2f} of its {room}; {rest}"
     if found["fits"] is not None:
         yield f"It {'fits' if found['fits'] else 'does not fit'} into the memory of a device."

@@ -204,10 +204,11 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
 def _schemes(plan: Plan) -> Iterator[dict[str, Any]]:
     """The data axis given up to a tensor scheme; to one that is there, half of it."""
     name, _, size = plan.tensor.partition(":")
+    whole = {field: 0 for field in ("zero", "zero_group") if getattr(plan, field)}  # there is no data axis then
     if name == "single":
         for scheme in FURTHER:
             if plan.data > 1:
-                yield {"data": 1, "tensor": f"{scheme}:{plan.data}"}
+                yield {"data": 1, "tensor": f"{scheme}:{plan.data}"} | whole
     elif name in FURTHER and plan.data % 2 == 0:
         yield {"data": plan.data // 2, "tensor": f"{name}:{int(size) * 2}"}
 
