@@ -22,6 +22,7 @@ from jaxpar.core.refuse import Refused
 from jaxpar.core.types import State
 from jaxpar.plan import padding
 from jaxpar.plan.layout import SINGLE, place
+from jaxpar.plan.zero import zero_of
 from jaxpar.step.parts import prepare
 from jaxpar.step.program import program
 from jaxpar.train import checkpoint, folder, leaves, manifest, store
@@ -143,7 +144,9 @@ PIPELINES = [
 def pipeline_of(placement, optimizer):
     parts, _ = prepare(replace(GPT, model=replace(GPT.model, layers=3), plan=Plan()))
     own = optimizer(parts) if optimizer else parts.optimizer
-    return program(parts._replace(settings=parts.settings._replace(placement=placement), optimizer=own))
+    zero = zero_of(Plan(), placement, parts.model.dims[0], jax.eval_shape(parts.model.init, jax.random.key(0))[0])
+    settings = parts.settings._replace(placement=placement, zero=zero)
+    return program(parts._replace(settings=settings, optimizer=own))
 
 
 @pytest.mark.parametrize("placement", PIPELINES)

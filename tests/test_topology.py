@@ -14,7 +14,7 @@ from jaxpar.core.refuse import Refused
 from jaxpar.plan import mesh
 from jaxpar.report import chips, compiled, topology
 
-FIGURES = ("flops", "memory", "memory_rate", "link", "network", "clock", "price", "sparse", "shapes")
+FIGURES = ("flops", "memory", "memory_rate", "near", "link", "network", "host", "clock", "price", "sparse", "shapes")
 
 
 @pytest.mark.parametrize(
