@@ -74,6 +74,7 @@ QUICK = [
     ("mlp", "data=4,zero=3,tensor=one_d:2", "block"),
     ("mlp", "pipe=2,data=2,tensor=one_d:2,microbatches=4", "binomial:1"),
     ("gru", "tensor=two_d:2x1", "binomial:2"),
+    ("gru", "pipe=2,microbatches=2", "binomial:2"),  # a block of a stage is a chain of one, time steps are one of many
     ("convnet", "tensor=one_d:2", "block"),
 ]
 

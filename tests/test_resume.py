@@ -51,6 +51,7 @@ CHAIN = [
     "data=1",
     "tensor=fsdp:8",
     "data=4,zero=2,zero_group=2",
+    "data=2,pipe=2,microbatches=2,zero=3",
 ]
 
 

@@ -140,7 +140,7 @@ def chain(how: Remat, body: Callable, carry, xs, *, regather: bool):
     """
     if how.kind == "budget":
         return _within(how.count, body, carry, xs)
-    if how.kind == "binomial":
+    if how.kind == "binomial" and _length(xs) > 1:
         return revolve.chain(body, carry, xs, how.count)
     if how.kind == "nested":
         return _nested(body, carry, xs, how.count)
