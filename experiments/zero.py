@@ -29,7 +29,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxpar import Model, Plan, Recipe, Refused
+from experiments.scaling import parts_of
+from jaxpar import Model, Refused
 from jaxpar.cli import exit_codes, flags
 from jaxpar.core.refuse import Problem
 from jaxpar.report.columns import aligned
@@ -71,16 +72,6 @@ class Options:
     devices: int = 64
 
 
-def parts_of(model: Model, batch: int, plan: str):
-    """The parts of a plan for tokens of a shape."""
-    import jax
-
-    from jaxpar.step.parts import assemble
-
-    tokens = jax.ShapeDtypeStruct((batch, model.context), "int32")
-    return assemble(Recipe(model=model, plan=Plan.parse(plan), batch=batch), tokens, tokens, model.vocab)
-
-
 def large(stage: str, devices: int) -> dict:
     """Bytes that each device holds of the large model: in mixed precision as the paper has it, and in float32."""
     import jax
@@ -90,7 +81,7 @@ def large(stage: str, devices: int) -> dict:
     from jaxpar.plan import layout
     from jaxpar.report import memory
 
-    parts = parts_of(LARGE, devices, f"data={devices},{stage}")
+    parts = parts_of(LARGE, devices, f"data={devices},{stage}", "fp32")
     held = memory.held(parts)
     params = jax.eval_shape(parts.model.init, jax.random.key(0))[0]
     zero, scheme = parts.settings.zero, parts.settings.placement.scheme
@@ -117,7 +108,7 @@ def small(plan: str) -> dict:
     from jaxpar.report import bill, memory
     from jaxpar.step.program import program
 
-    parts = parts_of(SMALL, 32, f"data=8,{plan}")
+    parts = parts_of(SMALL, 32, f"data=8,{plan}", "fp32")
     made = program(parts)
     compiled = made.step.lower(made.shapes, made.batch).compile()
     said, held = compiled.memory_analysis(), memory.held(parts)

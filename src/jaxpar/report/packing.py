@@ -52,9 +52,7 @@ def packed(blocks: list[Block]) -> int:
 
 def fullest(blocks: list[Block]) -> int:
     """The moment at which most is there."""
-    changes = sorted([(one.born, one.size) for one in blocks] + [(one.dead, -one.size) for one in blocks])
-    sums = accumulate(more for _, more in changes)
-    return max(zip(sums, (-when for when, _ in changes), strict=True), default=(0, 0))[1] * -1
+    return -max(((size, -when) for when, size in _sizes(blocks)), default=(0, 0))[1]
 
 
 def beyond(blocks: list[Block], near: int) -> list[Block]:
@@ -63,14 +61,14 @@ def beyond(blocks: list[Block], near: int) -> list[Block]:
     stay = []
     for block in sorted(blocks, key=lambda block: (block.dead - block.born, block.born)):
         beside = [one for one in laid if one.born < block.dead and block.born < one.dead]
-        if block.size + _most(beside) <= near:
+        if block.size + max((size for _, size in _sizes(beside)), default=0) <= near:
             laid.append(block)
         else:
             stay.append(block)
     return stay
 
 
-def _most(blocks: list[Block]) -> int:
-    """Bytes that are there at once, at most."""
+def _sizes(blocks: list[Block]) -> list[tuple[int, int]]:
+    """(moment, bytes that are there from then on) of each change."""
     changes = sorted([(one.born, one.size) for one in blocks] + [(one.dead, -one.size) for one in blocks])
-    return max(accumulate((more for _, more in changes)), default=0)
+    return list(zip((when for when, _ in changes), accumulate(more for _, more in changes), strict=True))

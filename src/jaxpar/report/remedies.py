@@ -14,7 +14,6 @@ from jaxpar.core.refuse import Problem, Refused
 from jaxpar.report import account, chips, flops, hostlink, memory
 from jaxpar.report.chips import Chip
 from jaxpar.report.columns import aligned
-from jaxpar.report.memory import lost
 from jaxpar.step.parts import Parts
 from jaxpar.step.program import traced
 
@@ -93,7 +92,7 @@ def of_compiled(need: Need, step: jax.stages.Compiled, tell: Callable[[str], Non
     if said is None or need.room is None:
         return
     total = said.argument_size_in_bytes + said.temp_size_in_bytes + said.output_size_in_bytes - said.alias_size_in_bytes
-    total -= lost(said, need.backend)
+    total -= memory.lost(said, need.backend)
     if total > need.room:
         rule = f"the compiled step asks for {_said(total)} on each device, which has {_said(need.room)}."
         yield message(need, rule, tell)

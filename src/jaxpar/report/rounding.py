@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from jaxpar.core import compat
 from jaxpar.report.kernels import PRODUCTS, STACKED, Graph, Op, empty, flatten, jaxprs_of, value
 
 ROUND = "round"  # our name for rounding an argument before the loop whose products read it
@@ -76,7 +77,7 @@ def _reads(graph: Graph, op: Op, full: set[int], read: set[int]) -> list[bool | 
         return [op.makes[0] in read and op.makes[0] not in full, None, *[False] * (len(op.reads) - 2)]
     if op.name not in ("scan", "cond") or op.equation.primitive.name != op.name:
         return [False] * len(op.reads)
-    carried = op.equation.params.get("num_carry", 0)
+    carried = compat.scan_counts(op.equation)[1] if op.name == "scan" else 0
     return _inside(graph, op, [one not in full and (one in read or n < carried) for n, one in enumerate(op.makes)])
 
 
@@ -84,10 +85,10 @@ def _carried(op: Op, fine: list[int]) -> list[int]:
     """What a loop gives for what it carries in bfloat16, from the positions of such operands."""
     if op.name != "scan":
         return []
-    params = op.equation.params
+    first, carried = compat.scan_counts(op.equation)
     positions = [n for n, var in enumerate(op.equation.invars) if not hasattr(var, "val")]
-    carries = [positions[n] - params["num_consts"] for n in fine]
-    return [op.makes[n] for n in carries if 0 <= n < params["num_carry"]]
+    carries = [positions[n] - first for n in fine]
+    return [op.makes[n] for n in carries if 0 <= n < carried]
 
 
 def _inside(graph: Graph, op: Op, wanted: list[bool]) -> list[bool | None]:
@@ -104,8 +105,7 @@ def _inside(graph: Graph, op: Op, wanted: list[bool]) -> list[bool | None]:
 
 def _trip(graph: Graph, op: Op, wanted: list[bool]) -> list[bool | None]:
     """Of a loop: what it carries is kept in bfloat16 if no trip reads it in full, which is first taken to be so."""
-    params, (jaxpr,) = op.equation.params, jaxprs_of(op.equation)
-    first, carried = params["num_consts"], params["num_carry"]
+    (jaxpr,), (first, carried) = jaxprs_of(op.equation), compat.scan_counts(op.equation)
     kept = list(wanted)
     while True:
         each = _body(graph, jaxpr, kept, carried)
