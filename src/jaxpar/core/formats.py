@@ -148,7 +148,7 @@ def stochastic(x, fmt: Format, bits, saturate: bool = True):
 
     def up(steps):
         below = jnp.floor(steps)
-        return below + (bits < ((steps - below) * 2.0**32).astype(jnp.uint32))
+        return below + (~bits < ((steps - below) * 2.0**32).astype(jnp.uint32))
 
     return _rounded(x, fmt, saturate, carried, up)
 
