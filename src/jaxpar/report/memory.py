@@ -12,7 +12,8 @@ from jaxpar.report import account, hostlink, liveness, machine
 from jaxpar.report.backends import CPU, RULES, Rules
 from jaxpar.report.liveness import Peak
 from jaxpar.step.parts import Parts
-from jaxpar.step.program import optimizer_places, traced, updated
+from jaxpar.step.program import optimizer_places, traced
+from jaxpar.step.update import updated
 
 HOST = "host"  # the category of what rests there
 
@@ -104,7 +105,7 @@ def _peak(parts: Parts, jaxpr, rules: Rules) -> Peak:
     found = jax.tree.unflatten(jax.tree.structure(like), [_plain(var) for var in inside.outvars])
     _, params, extra, comm = found
     state = State(_plain(jaxpr.invars[-1]), params, extra, jax.eval_shape(parts.optimizer.init, params), comm)
-    then = jax.make_jaxpr(partial(updated, parts.optimizer))(found, state).jaxpr
+    then = jax.make_jaxpr(partial(updated, parts.optimizer, loss_scale=parts.loss_scale))(found, state).jaxpr
 
     results, (_, *counts) = len(inside.outvars), (len(jax.tree.leaves(one)) for one in state)
     given = iter(jaxpr.invars)

@@ -21,7 +21,7 @@ from jaxpar.step.stages import Division
 
 
 class Found(NamedTuple):
-    """Mean loss in nats, gradients, the new extra and the reducer's new state."""
+    """Mean loss in nats, gradients (times the loss scale), the new extra and the reducer's new state."""
 
     loss: object
     gradients: object
@@ -51,7 +51,7 @@ class Pipeline(NamedTuple):
 
 
 def gradients(
-    model: Layer, pipeline: Pipeline, settings: Settings, reducer: Reducer, state: tuple, batch: tuple, key
+    model: Layer, pipeline: Pipeline, settings: Settings, reducer: Reducer, state: tuple, batch: tuple, key, scale=None
 ) -> Found:
     """Loss and gradients of a whole batch, one microbatch after the other.
 
@@ -66,6 +66,7 @@ def gradients(
         state: local (params, extra, comm).
         batch: local (inputs, labels), each `[microbatches, examples, ...]`.
         key: random key of this step.
+        scale: gradients come out multiplied by it, the loss does not; None for 1.
     """
     params, extra, comm = state
     count = jnp.maximum(labelled(settings, batch[1]), 1)
@@ -76,7 +77,7 @@ def gradients(
     def loss(ctx, logits, labels):
         return _share(settings, ctx.cross_entropy(logits, labels).sum()) / count
 
-    manner = Manner(True, pipeline.storage, _examples(settings, batch), loss)
+    manner = Manner(True, pipeline.storage, _examples(settings, batch), loss, 1.0 if scale is None else scale)
     done = _played(model, pipeline, settings._replace(key=key), manner, (entered, extra, batch))
     found, comm = reducer.reduce(_summed(model, pipeline, done.total), comm, partial(zero.summed, settings))
     new = _from_owners(model, pipeline, done.extra)
