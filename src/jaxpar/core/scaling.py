@@ -1,6 +1,7 @@
 """Loss scales: the text that names one, and those that find their own size."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from jaxpar.core.refuse import Problem, Refused, near_miss
 from jaxpar.core.types import LossScale
 
 FIELD = "loss_scale"
-JOINED = "+"
+JOINED = re.compile(r"(?<!\d[eE])[+]")  # not the one of 1e+6
 LARGEST = 2.0**126  # its inverse is the smallest float32 that no backend flushes to zero
 
 
@@ -43,7 +44,7 @@ def loss_scale_of(text: str) -> LossScale:
     member = family.pick("loss_scales", path + python + name, FIELD)
     wanted, defaults = family.parameters(member), family.defaults(member)
     fields, floors = {}, {}
-    for item in numbers.split(JOINED) if colon else ():
+    for item in JOINED.split(numbers) if colon else ():
         key, equals, number = item.rpartition("=")
         if not equals and wanted[:1] in ([], ["floors"]):
             rule = "a bare number means nothing here." if wanted else f"{name} takes no numbers."
