@@ -88,7 +88,10 @@ def test_a_floor_holds_at_once_and_stops_the_fall():
     assert walked(floored, [0, 0, 0, 0, 0, 0, 0, 1, 1, 0]) == [16, 8, 4, 8, 8, 8, 32, 32, 32, 64, 32]
     assert walked(dynamic(16.0, interval=2), [0, 0, 0, 0, 1, 1]) == [16, 8, 4, 2, 1, 1, 2]
     assert walked(enhanced(), [1])[:1] == [65536]
-    assert scaling.loss_scale_of("enhanced").update(enhanced().init()._replace(steps=149_999, scale=1.0), False)[0] == 32768
+    assert (
+        scaling.loss_scale_of("enhanced").update(enhanced().init()._replace(steps=149_999, scale=1.0), False)[0]
+        == 32768
+    )
 
 
 def test_a_scale_stays_a_number():
@@ -132,7 +135,11 @@ def test_a_text_that_names_no_loss_scale_is_one_problem(text, says):
 def test_a_text_says_every_number():
     found = scaling.loss_scale_of("enhanced:start=4+interval=1+growth=4+backoff=0.25+3=2+1=8").init()
     assert found == (4, 0, 0)
-    assert walked(scaling.loss_scale_of("enhanced:start=4+interval=1+growth=4+backoff=0.25+3=2+1=8"), [0, 1]) == [4, 8, 32]
+    assert walked(scaling.loss_scale_of("enhanced:start=4+interval=1+growth=4+backoff=0.25+3=2+1=8"), [0, 1]) == [
+        4,
+        8,
+        32,
+    ]
     assert walked(scaling.loss_scale_of("dynamic:8+interval=1"), [1]) == [8, 16]
     assert walked(scaling.loss_scale_of("static:1000"), [1, 0]) == [1000, 1000, 1000]
     assert Recipe.from_json(Recipe(loss_scale="static:8").to_json()).loss_scale == "static:8"
@@ -184,8 +191,7 @@ def test_a_scale_changes_nothing_that_fits(plan):
     assert (scale.scale, scale.skipped, scale.total) == ((2048, 1, 3), 0, 0)
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(scale))
     assert_equal(jax.device_get(got.params), jax.device_get(want.params), tolerance=1e-5)
-    rest = rest if len(rest) == len(want.opt) else rest[0]
-    assert_equal(jax.device_get(tuple(rest)), jax.device_get(want.opt), tolerance=1e-5)
+    assert_equal(jax.device_get(rest), jax.device_get([want.opt[-1]]), tolerance=1e-5)
 
 
 def test_without_a_scale_nothing_of_it_is_there():
@@ -233,7 +239,7 @@ def lines_of(folder):
 
 def test_a_run_finds_its_scale_and_resumes_bitwise(tmp_path):
     """From a scale at which gradients overflow: those skips do not count against the limit, a bad batch does."""
-    recipe = recipe_with(tmp_path, [7], 300, loss_scale=f"dynamic:{2.0**126}+interval=2", skip_limit=2)
+    recipe = recipe_with(tmp_path, [7], 300, loss_scale=f"dynamic:{2.0**61}+interval=2", skip_limit=2)
     whole = fit(recipe, name="whole", runs_dir=str(tmp_path), report=quiet())
     lines = lines_of(whole.folder)
     lowered = [line["step"] for line in lines if "lowered" in line]

@@ -258,8 +258,9 @@ def optimizer_links(
     decayed = jax.tree.map(lambda words: len(words.replace("layers ", "").split()) > 1, model.dims[0])
     make = family.pick("optimizers", recipe.optimizer, "optimizer")
     update = make(learning_rate(recipe), recipe.weight_decay, decayed)
-    first = (scaling.unscaling(loss_scale),) if loss_scale else ()
-    return (*first, *((optax.clip_by_global_norm(recipe.clip),) if recipe.clip else ()), update)
+    if loss_scale:
+        return scaling.unscaling(loss_scale, recipe.clip), update
+    return (optax.clip_by_global_norm(recipe.clip), update) if recipe.clip else (update,)
 
 
 def _in_recipe(problem: Problem) -> Problem:

@@ -41,36 +41,58 @@ def chosen(text: str, policy: Policy) -> LossScale | None:
     return found if found.init else None
 
 
-def unscaling(loss_scale: LossScale) -> optax.GradientTransformation:
-    """Divides gradients by the scale; nothing but `settled` moves its state.
+def unscaling(loss_scale: LossScale, clip: float = 0.0) -> optax.GradientTransformation:
+    """Divides gradients by the scale, and clips them; nothing but `settled` moves its state.
 
-    It is a product with the inverse, rounded to float32 as torch.amp.GradScaler has it, and elementwise: XLA does it
-    where the gradients are read next.
+    Both are one product, with the inverse of the scale rounded to float32, as torch.amp.GradScaler has it. The norm is
+    that of the gradients as they come, divided after: so the product has no other reader than the optimizer, and XLA for
+    CPU, which computes nothing twice, does it there instead of in a pass of its own. Squares of scaled gradients end at
+    1e38, so a scale times the norm at 1e19, far beyond what formats that need a scale can hold.
+
+    Args:
+        loss_scale: what gradients were multiplied by.
+        clip: largest global norm once they are divided; 0 for no limit.
     """
 
     def init(params):
         return Scaling(loss_scale.init(), jnp.int32(0), jnp.int32(0))
 
     def update(gradients, state, params=None):
-        inverse = 1 / loss_scale.scale(state.scale)
-        return jax.tree.map(lambda leaf: leaf * inverse, gradients), state
+        factor = 1 / loss_scale.scale(state.scale)
+        if clip:
+            norm = _norm(loss_scale, gradients, state)
+            factor = jnp.where(norm < clip, factor, factor * (clip / norm))
+        return jax.tree.map(lambda leaf: leaf * factor, gradients), state
 
     return optax.GradientTransformation(init, update)
 
 
+def _norm(loss_scale: LossScale, gradients: Tree, state: Scaling):
+    return optax.global_norm(gradients) / loss_scale.scale(state.scale)
+
+
+def _state(loss_scale: LossScale, opt: Tree) -> Scaling:
+    """That of the first link; the first of all where there is no optimizer."""
+    return opt[0] if opt else unscaling(loss_scale).init(None)
+
+
 def scale_of(loss_scale: LossScale | None, opt: Tree):
-    """What a step is scaled by that begins with this optimizer's state; the first scale of all where there is none."""
+    """What a step is scaled by that begins with this optimizer's state; None where nothing is scaled."""
+    return None if loss_scale is None else loss_scale.scale(_state(loss_scale, opt).scale)
+
+
+def norm_of(loss_scale: LossScale | None, gradients: Tree, opt: Tree):
+    """Global norm of gradients, as if the backward pass had begun with 1."""
     if loss_scale is None:
-        return None
-    return loss_scale.scale(opt[0].scale if opt else loss_scale.init())
+        return optax.global_norm(gradients)
+    return _norm(loss_scale, gradients, _state(loss_scale, opt))
 
 
 def unscaled(loss_scale: LossScale | None, gradients: Tree, opt: Tree) -> Tree:
-    """Gradients as if the backward pass had begun with 1; `opt` as of `scale_of`."""
+    """Gradients as if the backward pass had begun with 1."""
     if loss_scale is None:
         return gradients
-    link = unscaling(loss_scale)
-    return link.update(gradients, opt[0] if opt else link.init(None))[0]
+    return unscaling(loss_scale).update(gradients, _state(loss_scale, opt))[0]
 
 
 def settled(loss_scale: LossScale | None, opt: Tree, loss, fine) -> tuple[Tree, dict]:

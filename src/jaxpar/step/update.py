@@ -30,7 +30,7 @@ def updated(
         stream: the same optimizer where something rests on the host.
     """
     loss, grads, extra, comm = found
-    norm = optax.global_norm(scaling.unscaled(loss_scale, grads, state.opt))
+    norm = scaling.norm_of(loss_scale, grads, state.opt)
     fine = jnp.isfinite(loss) & jnp.isfinite(norm)
     params, opt = (stream or partial(_descended, optimizer))(grads, state.params, state.opt, fine)
     extra, comm = _kept(fine, (extra, comm), (state.extra, state.comm))
