@@ -76,8 +76,8 @@ class Recipe:
         checkpoint_every: steps between checkpoints; 0 for the end only.
         skip_limit: updates skipped in a row, since loss or gradients were no numbers, after which the run stops; not
             counted are those after which a smaller loss scale may mend it.
-        loss_scale: what gradients are multiplied by on their way back: `none`, `static:1000`, `dynamic`, `enhanced`, with
-            numbers of your own as `dynamic:65536+interval=2000` or `enhanced:40000=8192`; `auto`: as the precision asks.
+        loss_scale: what gradients are multiplied by on their way back: none, static:1000, dynamic, enhanced, or with
+            numbers of your own dynamic:65536+interval=2000, enhanced:40000=8192; auto: as the precision asks.
         peak_tflops: 1e12 flops per second of one device, for MFU; by default those of the chip in bfloat16, if known.
     """
 

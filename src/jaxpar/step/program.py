@@ -148,7 +148,7 @@ def traced(parts: Parts):
 
 
 def _gradients(parts: Parts, settings: Settings, spread: Callable) -> Callable:
-    """`found(params, extra, comm, batch, scale, step)`, a `Found` as a tuple, on global arrays; the rest of `Partition`."""
+    """`found(params, extra, comm, batch, scale, step)`, a `Found` as a tuple, on global arrays."""
     model, placement, whole = parts.model, parts.settings.placement, PartitionSpec()
     params, moments, extra = _specs(parts)
     comm = jax.tree.map(lambda _: whole, jax.eval_shape(partial(_born, parts), 0).comm)

@@ -1,7 +1,7 @@
 """The loss scale in a step: gradients are divided by it first, and it moves whatever becomes of the update.
 
-Its state is that of the first link of the optimizer's chain, so it is saved, restored and copied to every device with the
-rest of `State.opt`.
+Its state is that of the first link of the optimizer's chain, so it is saved, restored and copied to every device with
+the rest of `State.opt`.
 """
 
 from typing import Any, NamedTuple
@@ -45,9 +45,9 @@ def unscaling(loss_scale: LossScale, clip: float = 0.0) -> optax.GradientTransfo
     """Divides gradients by the scale, and clips them; nothing but `settled` moves its state.
 
     Both are one product, with the inverse of the scale rounded to float32, as torch.amp.GradScaler has it. The norm is
-    that of the gradients as they come, divided after: so the product has no other reader than the optimizer, and XLA for
-    CPU, which computes nothing twice, does it there instead of in a pass of its own. Squares of scaled gradients end at
-    1e38, so a scale times the norm at 1e19, far beyond what formats that need a scale can hold.
+    that of the gradients as they come, divided after: so the product has no other reader than the optimizer, and XLA
+    for CPU, which computes nothing twice, does it there instead of in a pass of its own. Squares of scaled gradients
+    end at 1e38, so a scale times the norm at 1e19, far beyond what formats that need a scale can hold.
 
     Args:
         loss_scale: what gradients were multiplied by.
@@ -105,8 +105,8 @@ def settled(loss_scale: LossScale | None, opt: Tree, loss, fine) -> tuple[Tree, 
         fine: whether loss and gradients were numbers.
 
     Returns:
-        The state; and `loss_scale`, that of this step, with `lowered`: whether the step was skipped for gradients alone,
-        and the scale, then above 1, fell for it. So the next one may well be finite.
+        The state; and `loss_scale`, that of this step, with `lowered`: whether the step was skipped for gradients
+        alone, and the scale, then above 1, fell for it. So the next one may well be finite.
     """
     if loss_scale is None:
         return opt, {}

@@ -1,4 +1,4 @@
-"""The second half of a step, on global arrays: from gradients to a new state, or, if they are no numbers, the old one."""
+"""The second half of a step, on global arrays: from gradients to a new state; if they are no numbers, to the old."""
 
 from functools import partial
 
