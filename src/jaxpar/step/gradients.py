@@ -15,6 +15,7 @@ from jaxpar.plan import layout, offload, zero
 from jaxpar.plan.context import Settings
 from jaxpar.plan.layout import PIPE
 from jaxpar.step.executor import Carry, play
+from jaxpar.step.master import wide
 from jaxpar.step.objective import labelled
 from jaxpar.step.rehearsal import Manner, score
 from jaxpar.step.stages import Division
@@ -71,7 +72,7 @@ def gradients(
     params, extra, comm = state
     count = jnp.maximum(labelled(settings, batch[1]), 1)
     replicas = layout.replicas(settings.placement)
-    varied = jax.tree.map(lambda leaf: compat.vary(leaf, replicas), params)
+    varied = jax.tree.map(lambda leaf: compat.vary(leaf, replicas), wide(params))
     entered = zero.entered(settings, offload.entered(model.dims[0], varied))
 
     def loss(ctx, logits, labels):
@@ -94,7 +95,7 @@ def evaluate(model: Layer, pipeline: Pipeline, settings: Settings, params, extra
         return _share(settings, ctx.cross_entropy(logits, labels).sum())
 
     manner = Manner(False, pipeline.storage, _examples(settings, batch), loss)
-    entered = zero.entered(settings, offload.entered(model.dims[0], params))
+    entered = zero.entered(settings, offload.entered(model.dims[0], wide(params)))
     done = _played(model, pipeline, settings._replace(train=False), manner, (entered, extra, batch))
     return lax.psum(done.loss, compat.varying_axes(done.loss)), labelled(settings, batch[1])
 

@@ -19,8 +19,10 @@ from jaxpar.plan.context import Settings
 from jaxpar.plan.layout import SINGLE, Placement
 from jaxpar.plan.wire import device_wire
 from jaxpar.plan.zero import zero_of
-from jaxpar.step import checks, scaling
+from jaxpar.step import checks, master, scaling
 from jaxpar.step.gradients import Pipeline
+from jaxpar.step.master import Master
+from jaxpar.step.rounding import Origin
 from jaxpar.step.stages import Division, costs_of, divide
 
 CONTEXT = 128  # tokens per sequence where neither the recipe nor the model says
@@ -34,6 +36,7 @@ class Parts(NamedTuple):
         optimizer: unscaling, clipping and the optimizer, chained, on global arrays.
         links: what is chained there.
         loss_scale: what gradients are scaled by; None for 1.
+        master: how parameters rest; None for float32.
         offload: what rests on the host, as `plan/offload.py` parses it.
         reducer: how gradients are summed over data.
         settings: what the Context is made of.
@@ -50,6 +53,7 @@ class Parts(NamedTuple):
     optimizer: optax.GradientTransformation
     links: tuple[optax.GradientTransformation, ...]
     loss_scale: LossScale | None
+    master: Master | None
     offload: frozenset[str]
     reducer: Reducer
     settings: Settings
@@ -121,12 +125,17 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
     refuse(checks.unknown_activations(recipe, model, settings, (inputs, labels)))
     reducer = family.pick("reducers", plan.reducer)()
     loss_scale = scaling.chosen(recipe.loss_scale, settings.policy)
-    links = optimizer_links(recipe, model, loss_scale)
+    kept = master.chosen(recipe, settings.policy)
+    refuse(master.unused(recipe, kept))
+    *first, update = optimizer_links(recipe, model, loss_scale)
+    origin = Origin(model.dims[0], _shapes(model)[0], placement.stack)
+    links = (*first, master.kept(kept, update, recipe.seed, origin))
     return Parts(
         model=model,
         optimizer=optax.chain(*links) if len(links) > 1 else links[0],
         links=links,
         loss_scale=loss_scale,
+        master=kept,
         offload=offload.parse(plan.offload),
         reducer=reducer,
         settings=settings,
@@ -160,6 +169,7 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
     scheme = found.attempt(scheme_of, recipe.plan.tensor)
     builder = found.attempt(family.pick, "models", recipe.model.name, "model.name")
     found.attempt(family.pick, "optimizers", recipe.optimizer, "optimizer")
+    found.problems.extend(master.wrong(recipe))
     if recipe.loss_scale != scaling.AUTO:
         found.attempt(loss_scale_of, recipe.loss_scale)
     fields, model = {}, None

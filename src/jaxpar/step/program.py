@@ -17,7 +17,7 @@ from jaxpar.plan import mesh as meshes
 from jaxpar.plan import offload, padding
 from jaxpar.plan.layout import Placement, rows
 from jaxpar.plan.product import Settings
-from jaxpar.step import scaling
+from jaxpar.step import master, scaling
 from jaxpar.step.gradients import Found, evaluate, gradients
 from jaxpar.step.partition import partition
 from jaxpar.step.parts import Parts
@@ -191,7 +191,8 @@ def _struct(leaf, sharding):
 
 
 def _state(parts: Parts, params, extra) -> State:
-    return State(jnp.int32(0), params, extra, parts.optimizer.init(params), parts.reducer.init(params))
+    at_rest = master.resting(parts.master, params)
+    return State(jnp.int32(0), at_rest, extra, parts.optimizer.init(params), parts.reducer.init(params))
 
 
 def _stream(parts: Parts, mesh: Mesh, words: State, specs: State) -> Descent | None:
