@@ -142,12 +142,12 @@ def test_a_text_says_every_number():
 # ------------------------------------------------------------------------------------------------------ in a step
 
 TWICE = [  # plans under which a scale that is a power of two must change next to nothing
-    "data=2,tensor=one_d:2,zero=1",
     "pipe=2,data=2,microbatches=2,storage=residual",
     *(
         pytest.param(plan, marks=pytest.mark.slow)
         for plan in (
             "data=1,microbatches=2",
+            "data=2,tensor=one_d:2,zero=1",
             "data=8,zero=3",
             "data=4,zero=2,microbatches=2",
             "tensor=two_d:2x4",
@@ -233,7 +233,8 @@ def lines_of(folder):
 
 def test_a_run_finds_its_scale_and_resumes_bitwise(tmp_path):
     """From a scale at which gradients overflow: those skips do not count against the limit, a bad batch does."""
-    recipe = recipe_with(tmp_path, [7], 300, loss_scale=f"dynamic:{2.0**61}+interval=2", skip_limit=2)
+    scale = {"loss_scale": f"dynamic:{2.0**61}+interval=2", "master": "fp16"}
+    recipe = recipe_with(tmp_path, [7], 300, **scale, skip_limit=2)
     whole = fit(recipe, name="whole", runs_dir=str(tmp_path), report=quiet())
     lines = lines_of(whole.folder)
     lowered = [line["step"] for line in lines if "lowered" in line]
@@ -244,6 +245,7 @@ def test_a_run_finds_its_scale_and_resumes_bitwise(tmp_path):
         assert "skipped" not in before or line["loss_scale"] == before["loss_scale"] / 2
     assert all(line["grad_norm"] < 1e4 for line in lines if "skipped" not in line), "not the scaled one"
     scale = whole.state.opt[0]
+    assert {leaf.dtype for leaf in jax.tree.leaves(whole.state.params)} == {np.dtype(np.float16)}
     assert scale.total == whole.summary["skipped"] == len(skipped) and scale.scale.steps == TINY.steps
     assert whole.summary["loss_scale"] == lines[-1]["loss_scale"]
     counts = {int(leaf) for leaf in jax.tree.leaves(whole.state.opt[1:]) if leaf.ndim == 0}
@@ -258,8 +260,9 @@ def test_a_run_finds_its_scale_and_resumes_bitwise(tmp_path):
 
 
 def test_a_scale_does_not_hide_what_it_cannot_mend(tmp_path):
-    recipe = recipe_with(tmp_path, [*range(3, 10)], loss_scale="dynamic", checkpoint_every=2, skip_limit=3)
-    with pytest.raises(NonFinite, match=r"step 6: .*under loss_scale = 16384.*update 3 in a row") as stopped:
+    scale = {"loss_scale": "dynamic:65536+interval=2", "master": "fp16"}  # the same program as above
+    recipe = recipe_with(tmp_path, [*range(3, 10)], **scale, checkpoint_every=2, skip_limit=3)
+    with pytest.raises(NonFinite, match=r"step 6: .*under loss_scale = 32768.*update 3 in a row") as stopped:
         fit(recipe, name="bad", runs_dir=str(tmp_path), report=quiet())
     assert stopped.value.exit_code == 78
     assert checkpoint.steps(tmp_path / "bad" / "checkpoints") == [2, 4]
