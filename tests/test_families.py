@@ -8,7 +8,6 @@ from jaxpar.core import family
 
 MESH = "data=2,tensor=two_d:2x2"
 STEPS = 4
-ROUNDING = {"bf16": 2e-2}  # a policy of 8 bits rounds partial sums, so its layouts agree to a few of those
 
 
 def curves(field="", **choice):
@@ -31,7 +30,7 @@ def test_an_optimizer_moves_the_same_under_any_layout(name):
 @pytest.mark.parametrize("name", family.names("policies"))
 def test_a_policy_gives_the_same_losses_under_any_layout(name):
     got, want = curves(f",precision={name}", learning_rate=0.05)
-    np.testing.assert_allclose(got, want, rtol=ROUNDING.get(name, 1e-5))
+    np.testing.assert_allclose(got, want, rtol=family.pick("policies", name)().tolerance)
 
 
 @pytest.mark.parametrize("name", family.names("reducers"))

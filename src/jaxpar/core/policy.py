@@ -1,17 +1,115 @@
-"""Precision: what is cast before it travels, and how products accumulate."""
+"""Precision: how the operands of products are rounded before they travel, and how products accumulate."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["array", "scale"], meta_fields=["along"])
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """One factor of a product, as it travels between devices.
+
+    Attributes:
+        array: in the dtype in which it travels and is multiplied.
+        scale: float32, what the array is to be multiplied by to be itself again: as many dims as `array`, each 1 or the
+            number of its entries or blocks; None for 1.
+        along: dims, counted from the last (-1, -2, ...), along which `scale` has more than one entry over all devices:
+            it is gathered along them as the array is.
+    """
+
+    array: Any
+    scale: Any = None
+    along: tuple[int, ...] = ()
+
+    @property
+    def T(self) -> "Operand":
+        """The operand with its two dims swapped."""
+        return Operand(
+            self.array.T, None if self.scale is None else self.scale.T, tuple(-3 - dim for dim in self.along)
+        )
+
+    @property
+    def flat(self) -> "Operand":
+        """The operand with all its rows in one dim."""
+        rows = tuple({max(dim, -2) for dim in self.along})
+        scale = None if self.scale is None else self.scale.reshape(-1, self.scale.shape[-1])
+        return Operand(self.array.reshape(-1, self.array.shape[-1]), scale, rows)
+
+
+class Site(NamedTuple):
+    """What a policy may ask about the array that it rounds: one operand of one product, on one device.
+
+    Attributes:
+        name: the product, such as `"embed mlp"`.
+        role: `"activation"`, `"weight"`, or `"gradient"` (of the product's result).
+        parts: for each dim of the local array, into how many parts it lies over devices.
+        largest: `largest(a, dims)`: elementwise maximum of `a` over the devices that hold other parts of those dims,
+            counted from the last; by default of all. It has no gradient.
+        bits: `bits()`: uint32 random bits, like the array: a function of (seed, step, layer, product, role, global
+            index) alone; in training.
+        history: what delayed scaling kept of this operand, or None.
+    """
+
+    name: str
+    role: str
+    parts: tuple[int, ...]
+    largest: Callable
+    bits: Callable
+    history: Any
 
 
 class Policy(NamedTuple):
-    """Stands before every gather and around every product, and nowhere else.
+    """Stands before every gather and around every product, forward and back, and nowhere else.
+
+    Of y = x w, x and w are rounded on the way forward and the gradient dy of y on the way back, each once; then
+    dx = dy wᵀ and dw = xᵀ dy are products like the first one.
 
     Attributes:
-        cast: `cast(a, role)`, role `"weight"` or `"activation"`: applied before a gather, so that fewer bytes travel
-            and what is kept for the backward pass is small.
-        dot: `dot(product, x, w)`: calls `product(x, w, preferred_element_type)` and gives the result its dtype.
+        cast: `cast(a, role)`, role `"weight"` or `"activation"`: the dtype in which an array comes to `enter`, and in
+            which it travels where it is no operand: ZeRO's gathers, tables that are looked up.
+        enter: `enter(a, site) -> (Operand, history)`: round an operand, before it is gathered; `a` is an activation
+            [rows.., k], a weight [k, n] (of a convolution [h, w, k, n]) or a gradient [rows.., n]. The new history is
+            None where `site.history` is.
+        dot: `dot(multiply, a, b)`: the product of two operands in the dtype of results, by
+            `multiply(a.array, b.array, dtype, precision)`, which accumulates in `dtype`. Operands are matrices, but
+            those of convolutions.
+        matrices: whether convolutions are to be products of matrices as well, made of patches.
+        history: `history() -> tree`: what delayed scaling begins with, for one operand; None if nothing is kept.
+        loss_scale: what `loss_scale=auto` means: text of the recipe's field.
+        master: what `master=auto` means: in which format the parameters rest between steps.
+        dtype: what they rest in under `master=none`.
+        tolerance: how far, over all layouts, losses and gradients may lie from those of one device, relative to the
+            largest entry of a leaf.
+        note: what is emulated, or which hardware has it; empty if nothing is to be said.
     """
 
     cast: Callable
+    enter: Callable
     dot: Callable
+    matrices: bool = False
+    history: Callable | None = None
+    loss_scale: str = "none"
+    master: str = "fp32"
+    dtype: Any = jnp.float32
+    tolerance: float = 5e-6
+    note: str = ""
+
+
+def plain(a, site: Site) -> tuple[Operand, None]:
+    """An operand as it comes: `Policy.enter` of a policy whose `cast` says it all."""
+    return Operand(a), None
+
+
+def accumulated(dtype, precision=None) -> Callable:
+    """`Policy.dot` that accumulates in float32 and rounds the result once.
+
+    Args:
+        dtype: of results.
+        precision: a `jax.lax.Precision`: of products of float32, on hardware that has several.
+    """
+    return lambda multiply, a, b: multiply(a.array, b.array, jnp.float32, precision).astype(dtype)

@@ -10,9 +10,9 @@ from jaxpar.core import compat
 from jaxpar.core.scheme import Axes
 from jaxpar.core.types import Context
 from jaxpar.plan import layout, remat
-from jaxpar.plan.layout import Layout
+from jaxpar.plan.draws import counters, offset
 from jaxpar.plan.offload import any_hosted, brought
-from jaxpar.plan.product import Settings, conv_of, dot_of, hold_of, local_ids, lookup_of, offset
+from jaxpar.plan.product import Settings, conv_of, dot_of, hold_of, local_ids, lookup_of
 from jaxpar.plan.zero import fetched, gathers
 
 
@@ -87,29 +87,12 @@ def _dropout(settings: Settings):
             raise ValueError(f"dropout at {site!r} needs a random key; pass one to the step.")
         lies = layout.activation(settings.placement, dims, x.ndim)
         key = jax.random.fold_in(settings.key, zlib.crc32(site.encode()))
-        high, low = _counters(settings, x.shape, lies)
+        high, low = counters(settings, x.shape, lies)
         threshold = min(int(rate * 2**32), 2**32 - 1)
         keep = compat.random_bits(key, high, low) >= jnp.uint32(threshold)
         return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
     return dropout
-
-
-def _counters(settings: Settings, shape, lies: Layout):
-    """Two 32-bit counters per entry, from its global index: the first two dims, then the others.
-
-    Two words rather than one product, which 2^32 entries of a large batch would overflow.
-    """
-    words = [jnp.uint32(0), jnp.uint32(0)]
-    for dim, (count, axes) in enumerate(zip(shape, lies, strict=True)):
-        index = offset(settings, axes, count) + jnp.arange(count)
-        if dim == 0:
-            index = index + settings.first_example
-        index = index.astype(jnp.uint32).reshape([-1 if d == dim else 1 for d in range(len(shape))])
-        word = int(dim > 1) if len(shape) > 2 else dim
-        total = count * layout.size(settings.placement.scheme, axes)
-        words[word] = words[word] * jnp.uint32(total) + index
-    return [jnp.broadcast_to(word, shape) for word in words]
 
 
 def _loop(settings: Settings):

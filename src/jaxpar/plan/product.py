@@ -1,14 +1,20 @@
 """Products with weights: dot, conv and lookup, each by the moves that `plan/matmul.py` derives."""
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpar.core.policy import Policy
+from jaxpar.core import compat
+from jaxpar.core.policy import Operand, Policy
 from jaxpar.core.scheme import Axes
 from jaxpar.plan import layout
+from jaxpar.plan.bilinear import Bilinear, conv, matmul, patched
+from jaxpar.plan.contraction import Recorded, Way, contract, moved
+from jaxpar.plan.draws import offset
 from jaxpar.plan.layout import Layout, Placement
 from jaxpar.plan.matmul import Moves, Step, derive
 from jaxpar.plan.remat import Remat
@@ -76,113 +82,145 @@ def route(placement: Placement, dims: str, rank: int) -> Route:
 def dot_of(settings: Settings) -> Callable:
     """`Context.dot`."""
 
-    def multiply(x, w, dtype):  # as one matrix: XLA on CPU is slower on gradients of a batch of them
-        y = jnp.matmul(x.reshape(-1, x.shape[-1]), w, preferred_element_type=dtype)
-        return y.reshape(*x.shape[:-1], w.shape[-1])
-
     def dot(x, w, dims):
         if isinstance(dims, str):
-            return _product(settings, multiply, x, (w,), (dims,))[0]
-        return _product(settings, multiply, x, w, dims)
+            return _product(settings, matmul, x, (w,), (dims,))[0]
+        return _product(settings, matmul, x, w, dims)
 
     return dot
 
 
 def conv_of(settings: Settings) -> Callable:
     """`Context.conv`."""
+    form = patched if settings.policy.matrices else conv
 
-    def conv(x, w, dims, strides=1):
-        def multiply(x, w, dtype):
-            numbers, window = ("NHWC", "HWIO", "NHWC"), (strides, strides)
-            return lax.conv_general_dilated(
-                x, w, window, "SAME", dimension_numbers=numbers, preferred_element_type=dtype
-            )
+    def convolve(x, w, dims, strides=1):
+        return _product(settings, form(strides), x, (w,), (dims,))[0]
 
-        return _product(settings, multiply, x, (w,), (dims,))[0]
-
-    return conv
+    return convolve
 
 
-def _product(settings: Settings, multiply: Callable, x, weights, names) -> list:
+def _product(settings: Settings, form: Bilinear, x, weights, names) -> list:
     """x times each weight; x is cast, marked and gathered once for all weights that want it alike."""
-    placement, policy, wire = settings.placement, settings.policy, settings.wire
-    routes = [route(placement, dims, x.ndim) for dims in names]
-    site, first = ", ".join(names), routes[0].x
-    shared = layout.axes_of(*(at for one in routes for at in one[:3]))
+    policy = settings.policy
+    routes = [route(settings.placement, dims, x.ndim) for dims in names]
+    site, shared = ", ".join(names), layout.axes_of(*(at for one in routes for at in one[:3]))
     trained = not site.startswith("-")  # whole features are data: nothing upstream of them is trained
     x = policy.cast(x if trained else lax.stop_gradient(x), "activation")
     x = settings.constrain(x, names[0].split()[0], "activation")
-    x = wire.vary(x, _but(shared, layout.axes_of(first)), f"x of {site}", trained)
-
-    gathered, results = {}, []
+    ways, arrays, histories = [], [], []
     for w, dims, one in zip(weights, names, routes, strict=True):
-        moves = one.moves
-        wanted = (moves.gather_x, moves.keep_x)
-        if wanted not in gathered:
-            gathered[wanted] = _move(settings, x, *wanted, f"x of {site}", trained=trained)
-        w = w.array if isinstance(w, Held) else _fetch(settings, w, dims, one.w, moves, shared)
-        results.append(_finish(settings, policy.dot(multiply, gathered[wanted], w), moves, dims))
-    return results
+        w, history = (w.array, w.histories) if isinstance(w, Recorded) else (w, {})
+        held = isinstance(w, Held)
+        w = policy.cast(w.array if held else w, "weight")
+        arrays.append(w if held else settings.constrain(w, dims, "weight"))
+        histories.append(history)
+        ways.append(_way(settings, site, dims, one, shared, trained=trained, held=held, first=w.ndim - 2))
+    results = contract(settings, form, ways, x, tuple(arrays), tuple(histories))
+    return [settings.constrain(y, dims.split()[1], "activation") for y, dims in zip(results, names, strict=True)]
+
+
+def _way(settings: Settings, site: str, dims: str, one: Route, shared: Axes, *, trained, held, first) -> Way:
+    """How the operands of one product move.
+
+    Args:
+        settings: as of the Context.
+        site: all products that share x.
+        dims: of this weight.
+        one: its route.
+        shared: mesh axes of all that is multiplied.
+        trained: whether x has a gradient.
+        held: whether w was fetched before.
+        first: dims of w before its last two.
+    """
+    wire, moves = settings.wire, one.moves
+
+    def x(a, along=None):
+        a = wire.vary(a, _but(shared, layout.axes_of(one.x)), f"x of {site}", trained) if along is None else a
+        return _move(settings, a, moves.gather_x, moves.keep_x, f"x of {site}", along, trained=trained)
+
+    def w(a, along=None):
+        return a if held else _fetch(settings, a, dims, one.w, moves, shared, along)
+
+    def y(a):
+        for dim, axis in moves.scatter:
+            a = wire.scatter(a, dim, axis, f"y of {dims}")
+        return wire.total(a, moves.total, f"y of {dims}")
+
+    def back(dy: Operand) -> Operand:
+        for dim, axis in reversed(moves.scatter):
+            dy = moved(partial(_move, settings, gathers=((dim, axis),), keeps=(), site=f"y of {dims}"), dy)
+        return dataclasses.replace(dy, array=compat.vary(dy.array, moves.total))
+
+    return Way(dims, (one.x, one.w, one.y), x, w, y, back, (moves.gather_x, moves.keep_x))
 
 
 def _but(axes: Axes, *others: Axes) -> Axes:
     return tuple(axis for axis in axes if not any(axis in other for other in others))
 
 
-def _move(settings: Settings, a, gathers: tuple[Step, ...], keeps: tuple[Step, ...], site: str, **known):
-    """Gather, then keep own parts."""
+def _move(settings: Settings, a, gathers: tuple[Step, ...], keeps: tuple[Step, ...], site: str, along=None, **known):
+    """Gather, then keep own parts; of a scale only along the dims in which it has entries, counted from the last."""
     for dim, axis in gathers:
-        a = settings.wire.gather(a, dim, axis, site, **known)
+        a = settings.wire.gather(a, dim, axis, site, **known) if along is None or dim - a.ndim in along else a
     for dim, axis in keeps:
-        count = a.shape[dim] // settings.placement.scheme.axes[axis]
-        a = lax.dynamic_slice_in_dim(a, settings.wire.index(axis) * count, count, axis=dim)
+        if along is None or dim - a.ndim in along:
+            count = a.shape[dim] // settings.placement.scheme.axes[axis]
+            a = lax.dynamic_slice_in_dim(a, settings.wire.index(axis) * count, count, axis=dim)
     return a
 
 
-def _fetch(settings: Settings, w, dims: str, own: Layout, moves: Moves, shared: Axes):
-    """Cast, mark as varying, then gather: so fewer bytes travel, and gradients are scattered before they are summed."""
+def _fetch(settings: Settings, w, dims: str, own: Layout, moves: Moves, shared: Axes, along=None):
+    """Mark as varying, then gather: so gradients are scattered before they are summed."""
     missing = _but(shared, layout.axes_of(own), layout.replicas(settings.placement))
-    w = settings.constrain(settings.policy.cast(w, "weight"), dims, "weight")
-    w = settings.wire.vary(w, missing, f"w of {dims}")
+    w = settings.wire.vary(w, missing, f"w of {dims}") if along is None else w
     first = w.ndim - 2
     gathers, keeps = (tuple((first + dim, axis) for dim, axis in steps) for steps in (moves.gather_w, moves.keep_w))
-    return _move(settings, w, gathers, keeps, f"w of {dims}", fixed=True)
-
-
-def _finish(settings: Settings, y, moves: Moves, dims: str):
-    """Scatter partial sums to where they are wanted; sum what is left."""
-    for dim, axis in moves.scatter:
-        y = settings.wire.scatter(y, dim, axis, f"y of {dims}")
-    return settings.constrain(settings.wire.total(y, moves.total, f"y of {dims}"), dims.split()[1], "activation")
+    return _move(settings, w, gathers, keeps, f"w of {dims}", along, fixed=True)
 
 
 def hold_of(settings: Settings) -> Callable:
-    """`Context.hold`; inside the loop, activations are x[batch, features]."""
+    """`Context.hold`; inside the loop, activations are x[batch, features].
+
+    A held weight is float32, whatever it was gathered in, so that its gradients are summed over the loop in float32.
+    """
 
     def hold(w, dims):
         if " " not in dims:
             axes = layout.axes_of(layout.activation(settings.placement, dims, 2))
             return settings.wire.vary(w, axes, dims, trained=False)  # stands on the bill as any bias does
         one = route(settings.placement, dims, 2)
-        return Held(_fetch(settings, w, dims, one.w, one.moves, layout.axes_of(*one[:3])))
+        array = w.array if isinstance(w, Recorded) else w
+        array = settings.constrain(settings.policy.cast(array, "weight"), dims, "weight")
+        array = _fetch(settings, array, dims, one.w, one.moves, layout.axes_of(*one[:3]))
+        held = Held(array.astype(jnp.float32))
+        return dataclasses.replace(w, array=held) if isinstance(w, Recorded) else held
 
     return hold
 
 
 def lookup_of(settings: Settings) -> Callable:
-    """`Context.lookup`: a product with one-hot rows, which each device can make for any part of the vocabulary."""
+    """`Context.lookup`: a product with one-hot rows, which each device can make for any part of the vocabulary.
+
+    Gradients of rows that were looked up several times are added up in float32.
+    """
     placement, dims = settings.placement, "vocab embed"
 
     def lookup(table, ids):
+        table = table.array if isinstance(table, Recorded) else table
         in_rows = layout.activation(placement, "vocab", ids.ndim + 1)[:-1]
         own, y_layout = layout.weight(placement, dims), layout.activation(placement, "embed", ids.ndim + 1)
         split = _but(own[0], layout.axes_of(in_rows))
         moves = derive((*in_rows, split), own, y_layout)
+        table = settings.constrain(settings.policy.cast(table, "weight"), dims, "weight")
         table = _fetch(settings, table, dims, own, moves, moves.vary)
         ids = _move(settings, ids, moves.gather_x, moves.keep_x, "ids")
         ids = settings.constrain(ids, "embed", "rows")
         near, inside = local_ids(ids, offset(settings, split, table.shape[0]), table.shape[0])
-        return _finish(settings, jnp.where(inside[..., None], jnp.take(table, near, axis=0), 0), moves, dims)
+        y = jnp.where(inside[..., None], jnp.take(table.astype(jnp.float32), near, axis=0), 0).astype(table.dtype)
+        for dim, axis in moves.scatter:
+            y = settings.wire.scatter(y, dim, axis, f"y of {dims}")
+        return settings.constrain(settings.wire.total(y, moves.total, f"y of {dims}"), "embed", "activation")
 
     return lookup
 
@@ -191,11 +229,3 @@ def local_ids(ids, first, count: int):
     """Ids relative to a local part of the vocabulary, clipped into it, and which of them lie inside."""
     near = ids - first
     return jnp.clip(near, 0, count - 1), (near >= 0) & (near < count)
-
-
-def offset(settings: Settings, axes: Axes, count: int):
-    """Global index of the first of `count` local entries of a dim that lies over `axes`, major first."""
-    place = 0
-    for axis in axes:
-        place = place * settings.placement.scheme.axes[axis] + settings.wire.index(axis)
-    return place * count

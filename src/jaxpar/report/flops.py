@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxpar.core import compat, products
+from jaxpar.core import compat, family, products
 from jaxpar.core.walk import jaxprs
 from jaxpar.plan.layout import SINGLE
 from jaxpar.plan.remat import NONE
@@ -24,6 +24,7 @@ def of_model(parts: Parts) -> float:
     arXiv:2204.02311, appendix B.
     """
     settings = parts.settings._replace(placement=SINGLE, wire=device_wire(), remat=NONE)  # a budget is one of a device
+    settings = settings._replace(policy=family.pick("policies", "fp32")())  # however they are carried out
     params, extra = jax.eval_shape(lambda: parts.model.init(jax.random.key(0)))
     batch = parts.inputs, parts.labels
     walked = jax.make_jaxpr(lambda *args: nats(parts.model, settings._replace(key=jax.random.key(0)), *args))(

@@ -187,6 +187,8 @@ def _warnings(plan: Plan, parts: Parts, where: Topology | None) -> list[str]:
         found.append("partition=auto: XLA decides the collectives, so what is sent is known only once compiled")
     elif where and where.platform not in RULES:
         found.append(FOLLOWED)
+    if parts.settings.policy.note:
+        found.append(f"precision={plan.precision}: {parts.settings.policy.note}")
     return found
 
 

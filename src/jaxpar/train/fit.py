@@ -98,6 +98,8 @@ def _need(recipe: Recipe, parts: Parts, dataset: Dataset, program: Program, note
     refuse(remedies.problems(need, note))
     if idle := mesh.idle(program.mesh):
         note(idle)
+    if said := parts.settings.policy.note:
+        note(f"precision={recipe.plan.precision}: {said}")
     return need
 
 

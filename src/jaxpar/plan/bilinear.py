@@ -1,0 +1,106 @@
+"""Local products: matrices and convolutions, each with the two products of its backward pass.
+
+A product is three: y = x w, dx = dy wᵀ, dw = xᵀ dy; each is one `dot` of two operands (`core/policy.py`).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpar.core import compat
+from jaxpar.core.policy import Operand
+
+
+class Bilinear(NamedTuple):
+    """One kind of product.
+
+    Attributes:
+        forward: `forward(dot, x, w)` is y.
+        by_x: `by_x(dot, dy, w, like)` is dx, in the shape of `like`.
+        by_w: `by_w(dot, x, dy, like)` is dw.
+    """
+
+    forward: Callable
+    by_x: Callable
+    by_w: Callable
+
+
+def _matmul(a, b, dtype, precision=None):
+    return jnp.matmul(a, b, preferred_element_type=dtype, precision=precision)
+
+
+def _forward(dot, x: Operand, w: Operand):
+    # as one matrix: XLA on CPU is slower on gradients of a batch of them
+    return dot(_matmul, x.flat, w).reshape(*x.array.shape[:-1], w.array.shape[-1])
+
+
+matmul = Bilinear(
+    forward=_forward,
+    by_x=lambda dot, dy, w, like: dot(_matmul, dy.flat, w.T).reshape(like.shape),
+    by_w=lambda dot, x, dy, like: dot(_matmul, x.flat.T, dy.flat),
+)
+
+
+def conv(strides: int) -> Bilinear:
+    """Convolution of x[batch, height, width, in] with w[height, width, in, out], zero-padded to keep size / strides."""
+
+    def apply(x, w, dtype=None, precision=None):
+        numbers, window = ("NHWC", "HWIO", "NHWC"), (strides, strides)
+        return lax.conv_general_dilated(
+            x, w, window, "SAME", dimension_numbers=numbers, preferred_element_type=dtype, precision=precision
+        )
+
+    def by_x(dot, dy, w, like):
+        def multiply(dy, w, dtype, precision=None):  # jax transposes convolutions of one dtype only
+            return _transposed(lambda x: apply(x, w, None, precision), like, dy).astype(dtype)
+
+        return dot(multiply, dy, w)
+
+    def by_w(dot, x, dy, like):
+        def multiply(x, dy, dtype, precision=None):
+            return _transposed(lambda w: apply(x, w, None, precision), like, dy).astype(dtype)
+
+        return dot(multiply, x, dy)
+
+    return Bilinear(lambda dot, x, w: dot(apply, x, w), by_x, by_w)
+
+
+def patched(strides: int) -> Bilinear:
+    """The same convolution as a product of matrices: a row holds the patch of x that one entry of y sees.
+
+    For operands without a scale.
+    """
+
+    def patches(w_shape):
+        return lambda x: lax.conv_general_dilated_patches(
+            x, w_shape[:2], (strides, strides), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )  # features: in, height, width
+
+    def matrix(w):
+        return Operand(jnp.moveaxis(w.array, 2, 0).reshape(-1, w.array.shape[-1]))
+
+    def forward(dot, x, w):
+        seen = patches(w.array.shape)(x.array)
+        return dot(_matmul, Operand(seen).flat, matrix(w)).reshape(*seen.shape[:-1], -1)
+
+    def by_x(dot, dy, w, like):
+        found = dot(_matmul, dy.flat, matrix(w).T).reshape(*dy.array.shape[:-1], -1)
+        return _transposed(patches(w.array.shape), like, found)
+
+    def by_w(dot, x, dy, like):
+        found = dot(_matmul, Operand(patches(like.shape)(x.array)).flat.T, dy.flat)
+        height, width, into, out = like.shape
+        return jnp.moveaxis(found.reshape(into, height, width, out), 0, 2)
+
+    return Bilinear(forward, by_x, by_w)
+
+
+def _transposed(linear: Callable, like, cotangent):
+    """The cotangent of what `linear` takes, an array like `like` in the dtype of the cotangent of what it gives."""
+    axes = compat.varying_axes(cotangent)
+    pull = jax.linear_transpose(lambda a: compat.vary(linear(a), axes), like.update(dtype=cotangent.dtype))
+    made = jax.eval_shape(linear, like.update(dtype=cotangent.dtype))
+    return pull(compat.vary(cotangent, compat.varying_axes(made)))[0]

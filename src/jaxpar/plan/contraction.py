@@ -1,0 +1,170 @@
+"""Products of which the operands are rounded before they travel, forward and back.
+
+One rule of differentiation stands around all of it: cast, gather, multiply, scatter; and back: round the gradient,
+gather it, multiply twice, scatter. So a policy says what travels in each direction, in which dtype, and gradients of
+8 bits are never added up as such.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpar.core import compat
+from jaxpar.core.policy import Operand, Site
+from jaxpar.plan import layout
+from jaxpar.plan.bilinear import Bilinear
+from jaxpar.plan.draws import counters
+from jaxpar.plan.layout import Layout
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["array", "histories"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A weight with what delayed scaling kept of the operands of its product.
+
+    Attributes:
+        array: the weight.
+        histories: by role, `Policy.history`; without `"activation"` where an earlier weight of the same call has it.
+    """
+
+    array: Any
+    histories: dict[str, Any]
+
+    @property
+    def T(self) -> "Recorded":
+        """Transposed, as a tied head reads the token table."""
+        return dataclasses.replace(self, array=self.array.T)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How the operands of one product move; functions on an array of any dtype, but `back` on an `Operand`.
+
+    Attributes:
+        name: of the product, such as `"embed mlp"`.
+        lies: layouts of x, w and y.
+        x: `x(a)`: x as the local product wants it; products with equal `shares` share it.
+        w: the same for w; the identity where it is held.
+        y: `y(a)`: from the local product to y.
+        back: from the gradient of y to that of the local product.
+        shares: what tells moves of x apart.
+    """
+
+    name: str
+    lies: tuple[Layout, Layout, Layout]
+    x: Callable
+    w: Callable
+    y: Callable
+    back: Callable
+    shares: Any
+
+
+def contract(settings, form: Bilinear, ways: list[Way], x, weights: tuple, histories: tuple) -> list:
+    """x times each weight.
+
+    Args:
+        settings: `Settings`.
+        form: matrices or convolutions.
+        ways: one for each weight.
+        x: cast.
+        weights: cast.
+        histories: of each weight, by role; {} for none.
+    """
+    policy = settings.policy
+    likes = jax.typeof(x), tuple(map(jax.typeof, weights))
+
+    def entered(a, way, role, number, history):
+        return policy.enter(a, site(settings, way, role, number, a, history.get(role)))
+
+    def local(x, weights, histories):
+        x_in, x_new = entered(x, ways[0], "activation", 0, histories[0] if histories else {})
+        seen, results, kept = {}, [], []
+        for number, (way, w, history) in enumerate(zip(ways, weights, histories, strict=True)):
+            if way.shares not in seen:
+                seen[way.shares] = moved(way.x, x_in)
+            w_in, w_new = entered(w, way, "weight", number, history)
+            w_in = moved(way.w, w_in)
+            results.append(way.y(form.forward(policy.dot, seen[way.shares], w_in)))
+            kept.append((w_in, w_new))
+        return results, (list(seen.values()), x_new, kept, histories)
+
+    @jax.custom_vjp
+    def product(x, weights, histories):
+        return local(x, weights, histories)[0]
+
+    def backward(residuals, gradients):
+        seen, x_new, kept, histories = residuals
+        order = list(dict.fromkeys(way.shares for way in ways))
+        by_x, by_w, news = [None] * len(order), [], []
+        for number, (way, dy, (w_in, w_new), history) in enumerate(zip(ways, gradients, kept, histories, strict=True)):
+            dy_in, dy_new = entered(dy, way, "gradient", number, history)
+            dy_in, place = way.back(dy_in), order.index(way.shares)
+            x_in = seen[place]
+            dx = form.by_x(policy.dot, dy_in, w_in, jax.typeof(x_in.array))
+            by_x[place] = dx if by_x[place] is None else by_x[place] + dx
+            dw = form.by_w(policy.dot, x_in, dy_in, jax.typeof(w_in.array))
+            by_w.append(_pulled(way.w, likes[1][number], dw))
+            new = {"activation": x_new, "weight": w_new, "gradient": dy_new}
+            news.append({role: jax.tree.map(_alike, new[role], old) for role, old in history.items()})
+        first = {way.shares: way.x for way in reversed(ways)}
+        parts = [_pulled(first[shares], likes[0], dx) for shares, dx in zip(order, by_x, strict=True)]
+        return sum(parts[1:], parts[0]), tuple(by_w), tuple(news)
+
+    product.defvjp(local, backward)
+    return product(x, tuple(weights), tuple(histories))
+
+
+def site(settings, way: Way, role: str, number: int, a, history) -> Site:
+    """What a policy may ask about one operand of a product.
+
+    Args:
+        settings: `Settings`.
+        way: of the product.
+        role: of the operand.
+        number: of the weight among those that share x.
+        a: the operand.
+        history: of it.
+    """
+    lies = way.lies[("activation", "weight", "gradient").index(role)]
+    lies = (*((),) * (a.ndim - len(lies)), *lies)
+
+    def largest(value, dims=None):
+        chosen = lies if dims is None else [lies[dim] for dim in dims]
+        axes = tuple(axis for axis in layout.axes_of(tuple(chosen)) if axis in compat.varying_axes(value))
+        return settings.wire.largest(value, axes, f"scale of the {role} of {way.name}")
+
+    def bits():
+        if settings.key is None:
+            raise ValueError(f"precision={way.name!r}: stochastic rounding needs a random key; pass one to the step.")
+        key = jax.random.fold_in(settings.key, zlib.crc32(f"{role} {number} of {way.name}".encode()))
+        return compat.random_bits(key, *counters(settings, a.shape, lies, examples=role != "weight"))
+
+    parts = tuple(layout.size(settings.placement.scheme, axes) for axes in lies)
+    return Site(way.name, role, parts, largest, bits, history)
+
+
+def moved(move: Callable, operand: Operand) -> Operand:
+    """An operand after moves: its array, and along the dims that it has entries for, its scale."""
+    if operand.scale is None or not operand.along:
+        return dataclasses.replace(operand, array=move(operand.array))
+    return dataclasses.replace(operand, array=move(operand.array), scale=move(operand.scale, operand.along))
+
+
+def _pulled(move: Callable, like, cotangent):
+    """The cotangent of what a move takes, in the dtype in which it comes; summed over axes that only it varies over."""
+    start = like.update(dtype=cotangent.dtype)
+    cotangent = compat.vary(cotangent, compat.varying_axes(jax.eval_shape(move, start)))
+    found = jax.linear_transpose(lambda a: compat.vary(move(a), compat.varying_axes(cotangent)), start)(cotangent)[0]
+    return compat.vary(found.astype(like.dtype), compat.varying_axes(like))
+
+
+def _alike(new, old):
+    """A new history that is typed as the old one: equal on the devices where that is."""
+    extra = tuple(axis for axis in compat.varying_axes(new) if axis not in compat.varying_axes(old))
+    return compat.vary(lax.pmax(new, extra) if extra else new, compat.varying_axes(old)).astype(jnp.result_type(old))
