@@ -66,6 +66,24 @@ def test_parameters_of_16_bits_are_the_same_under_any_plan(plan):
         assert counted == pytest.approx(predicted)
 
 
+@pytest.mark.parametrize(
+    ("precision", "master", "kept"),
+    [
+        ("fp32", "none", None),
+        ("fp32", "auto", None),
+        ("bf16", "none", ("bf16", jnp.bfloat16, True)),
+        ("fp16", "none", ("fp16", jnp.float16, True)),
+        ("bf16", "fp16", ("fp16", jnp.float16, True)),
+        ("bf16", "fp169", ("fp169", jnp.float32, True)),
+        ("bf16", "auto", None),
+    ],
+)
+def test_what_rests_follows_the_precision_or_the_recipe(precision, master, kept):
+    recipe = recipe_of(SMALL["mlp"], f"precision={precision}", master=master)
+    found = built(recipe)[0].master
+    assert (found and (found.fmt.name, found.dtype, found.stochastic)) == kept
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("master", ["bf16", "fp169", "fp152", "fixed:4.10"])

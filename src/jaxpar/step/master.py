@@ -56,8 +56,8 @@ def chosen(recipe: Recipe, policy: Policy) -> Master | None:
     Raises:
         Refused: for a format that there is not.
     """
-    text = getattr(policy, "master", "fp32") if recipe.master == AUTO else recipe.master
-    fmt = formats.named(getattr(policy, "dtype", jnp.float32) if text == NONE else text, "master")
+    text = policy.master if recipe.master == AUTO else recipe.master
+    fmt = formats.named(policy.dtype if text == NONE else text, "master")
     if fmt.name == "fp32":
         return None
     return Master(fmt, SIXTEEN.get(fmt.name, jnp.float32), recipe.rounding != "nearest")

@@ -37,7 +37,7 @@ def chosen(text: str, policy: Policy) -> LossScale | None:
     Raises:
         Refused: with one problem, as `core.scaling.loss_scale_of`.
     """
-    found = scaling.loss_scale_of(getattr(policy, "loss_scale", "none") if text == AUTO else text)
+    found = scaling.loss_scale_of(policy.loss_scale if text == AUTO else text)
     return found if found.init else None
 
 
