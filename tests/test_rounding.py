@@ -64,8 +64,22 @@ def test_parameters_of_a_smaller_dtype_get_what_they_can_hold():
         made.update(u, state)
 
 
-WORDS = {"head": "embed vocab", "table": "vocab embed", "stack": "layers embed mlp", "kernel": "- - embed channels"}
-SHAPES = {"head": (4, 6), "table": (6, 4), "stack": (3, 4, 8), "kernel": (2, 2, 4, 8)}
+WORDS = {
+    "head": "embed vocab",
+    "twin": "embed vocab",
+    "table": "vocab embed",
+    "deep": "layers vocab embed",
+    "stack": "layers embed mlp",
+    "kernel": "- - embed channels",
+}
+SHAPES = {
+    "head": (4, 6),
+    "twin": (4, 6),
+    "table": (6, 4),
+    "deep": (3, 6, 4),
+    "stack": (3, 4, 8),
+    "kernel": (2, 2, 4, 8),
+}
 STACK = (2, -1, 0, 1)  # as a pipeline may lay three layers out, with filler
 
 
@@ -73,7 +87,14 @@ def drawn(origin=None, seed=0, steps=0, place=lambda tree: tree):
     """Which entries of updates of half a step each are rounded up, laid out as `origin` says."""
     p = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
     if origin:
-        sizes = {"head": (4, 8), "table": (8, 4), "stack": (4, 4, 8), "kernel": SHAPES["kernel"]}
+        sizes = {
+            "head": (4, 8),
+            "twin": (4, 8),
+            "table": (8, 4),
+            "deep": (4, 8, 4),
+            "stack": (4, 4, 8),
+            "kernel": SHAPES["kernel"],
+        }
         p = {name: padding.laid(origin.stack, WORDS[name], p[name], sizes[name]) for name in p}
     made = rounded(FORMATS["bf16"], True, seed, origin)
     u = jax.tree.map(lambda p: p * np.float32(2.0**-8), p)
@@ -100,7 +121,7 @@ def test_random_bits_follow_the_rows_on_disk():
     flat = [np.concatenate([leaf.ravel() for leaf in tree.values()]) for tree in (plain, drawn(seed=1), drawn(steps=1))]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert 0.35 < np.mean(flat[one] == flat[other]) < 0.65, "other seeds and steps draw others"
-    assert not np.array_equal(plain["head"].ravel(), plain["table"].ravel()), "and so do other tensors"
+    assert not np.array_equal(plain["head"], plain["twin"]), "and so do other tensors"
 
 
 def test_no_two_entries_share_a_counter():

@@ -51,7 +51,7 @@ class Site(NamedTuple):
         largest: `largest(a, dims)`: elementwise maximum of `a` over the devices that hold other parts of those dims,
             counted from the last; by default of all. It has no gradient.
         bits: `bits()`: uint32 random bits, like the array: a function of (seed, step, layer, product, role, global
-            index) alone; in training.
+            index) alone; None in evaluation, and unless the policy `draws`.
         history: what delayed scaling kept of this operand, or None.
     """
 
@@ -59,7 +59,7 @@ class Site(NamedTuple):
     role: str
     parts: tuple[int, ...]
     largest: Callable
-    bits: Callable
+    bits: Callable | None
     history: Any
 
 
@@ -78,6 +78,7 @@ class Policy(NamedTuple):
         dot: `dot(multiply, a, b)`: the product of two operands in the dtype of results, by
             `multiply(a.array, b.array, dtype, precision)`, which accumulates in `dtype`. Operands are matrices, but
             those of convolutions.
+        draws: whether `enter` rounds stochastically, by `Site.bits`.
         matrices: whether convolutions are to be products of matrices as well, made of patches.
         history: `history() -> tree`: what delayed scaling begins with, for one operand; None if nothing is kept.
         loss_scale: what `loss_scale=auto` means: text of the recipe's field.
@@ -91,6 +92,7 @@ class Policy(NamedTuple):
     cast: Callable
     enter: Callable
     dot: Callable
+    draws: bool = False
     matrices: bool = False
     history: Callable | None = None
     loss_scale: str = "none"
