@@ -92,22 +92,22 @@ def histogram(values) -> dict:
     values = np.concatenate([np.ravel(one) for one in values])
     exponents = np.clip(np.frexp(values[values != 0])[1] - 1, LOW, HIGH)
     counts = Counter(exponents.tolist())
-    shares = {exponent: counts[exponent] / values.size for exponent in range(LOW, HIGH + 1)}
+    shares = [(exponent, counts[exponent] / values.size) for exponent in range(LOW, HIGH + 1)]
     return {"zero": float(np.mean(values == 0)), "largest": int(exponents.max()), "shares": shares}
 
 
 def below(found: dict, exponent: int) -> float:
     """Share of those that are not 0 which lie below a power of two."""
-    return sum(share for at, share in found["shares"].items() if at < exponent) / (1 - found["zero"])
+    return sum(share for at, share in found["shares"] if at < exponent) / (1 - found["zero"])
 
 
 def draw(axes, found: dict[str, dict], names: dict[str, str]) -> None:
     """Exponents of gradients as lines, and the ranges of formats as bars above them."""
     from jaxpar.report.pictures import COLORS
 
-    top = max(max(one["shares"].values()) for one in found.values())
+    top = max(share for one in found.values() for _, share in one["shares"])
     for number, (key, one) in enumerate(found.items()):
-        exponents, shares = zip(*((at, share) for at, share in one["shares"].items() if at > LOW), strict=True)
+        exponents, shares = zip(*((at, share) for at, share in one["shares"] if at > LOW), strict=True)
         look = {"color": COLORS[number // 2], "ls": "-" if number % 2 == 0 else ":"}
         axes.plot(exponents, [100 * share for share in shares], label=names[key], lw=1.5, **look)
     for number, (name, (smallest, normal, largest)) in enumerate(RANGES.items()):

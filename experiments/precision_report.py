@@ -22,19 +22,8 @@ CLAIMED = {
 
 def table(rows: list[dict]) -> str:
     """One line for each run: losses, gradients lost, time."""
-    head = [
-        "",
-        "run",
-        "steps",
-        "held out",
-        "- fp32",
-        "skipped",
-        "scale",
-        "lost: activations",
-        "weights",
-        "step ms",
-        "x fp32",
-    ]
+    head = ["", "run", "steps", "held out", "- fp32", "skipped", "scale"]
+    head += ["lost: activations", "weights", "step ms", "x fp32"]
     lines = []
     for row in rows:
         (first,) = [one for one in rows if one["task"] == row["task"] and one["case"] == "fp32"]
@@ -67,36 +56,40 @@ def picture(path: Path, rows: list[dict], found: dict) -> Path:
     figure = Figure(figsize=(13, 9), dpi=130, layout="constrained")
     panels = figure.subplots(2, 2)
     names = list(dict.fromkeys(row["case"] for row in rows))
-    for axes, task in zip(panels[0], found, strict=True):
+    policies, first = [name for name in names if name != "fp32" and "," not in name], next(iter(found))
+    styles = {"no scale": ":", "scale 2^-10": "--"}
+    for axes, task in zip(panels[0], found, strict=False):
         for row in (row for row in rows if row["task"] == task):
-            number, few = names.index(row["case"]), "," in row["case"]
-            look = {"color": "black", "lw": 5, "alpha": 0.25} if row["case"] == "fp32" else {"lw": 1.3}
-            look |= {} if row["case"] == "fp32" else {"color": COLORS[number % len(COLORS)], "ls": "--" if few else "-"}
+            policy, _, other = row["case"].partition(", ")
+            look = {"color": "black", "lw": 5, "alpha": 0.25}
+            if policy != "fp32":
+                color = COLORS[policies.index(policy) % len(COLORS)]
+                look = {"color": color, "ls": styles.get(other, "-"), "lw": 1.3}
             window = max(1, len(row["losses"]) // 40)
             ends = range(window, len(row["losses"]) + 1, window)
             curve = [statistics.fmean(row["losses"][end - window : end]) for end in ends]
             label = f"{row['case']}{'*' * row['emulated']}: {row['held_out']:.3f}"
             axes.plot(ends, curve, **look, label=label)
         axes.set(xlabel="step", ylabel="training loss, nats")
-        axes.set_title(f"{task}; in the legend: held out" + ", *: emulated", loc="left", fontsize=10)
+        axes.set_title(f"{task}; in the legend: held out, *: emulated", loc="left", fontsize=10)
         axes.legend(frameon=False, fontsize=8)
     kinds = {f"{task} {kind}": found[task][kind] for task in found for kind in ("activation", "weight")}
     precision_gradients.draw(panels[1, 0], kinds, {name: f"{name}s" for name in kinds})
     bars = panels[1, 1]
     for place, name in enumerate(names):
         for number, kind in enumerate(("activation", "weight")):
-            (row,) = [row for row in rows if row["case"] == name and row["task"] == "text"]
+            (row,) = [row for row in rows if row["case"] == name and row["task"] == first]
             share = 100 * row["flushed"][kind]
             at = place + 0.4 * number - 0.2
             bars.barh(at, share, height=0.38, color=COLORS[number], label=None if place else f"of {kind}s")
             bars.annotate(
-                f"{share:.2g}", (share, at), xytext=(3, 0), textcoords="offset points", fontsize=7, va="center"
+                f"{share:.3g}", (share, at), xytext=(3, 0), textcoords="offset points", fontsize=7, va="center"
             )
-    scales = {row["case"]: row["scale"] for row in rows if row["task"] == "text"}
+    scales = {row["case"]: row["scale"] for row in rows if row["task"] == first}
     labels = [f"{name} (x {scales[name]:g})" if scales[name] != 1 and "," not in name else name for name in names]
     bars.set_yticks(range(len(names)), labels, fontsize=8)
     bars.set(xlabel="% of float32's gradients that become 0", ylim=(len(names) - 0.4, -0.6))
-    bars.set_title("text: gradients that a policy loses", loc="left", fontsize=10)
+    bars.set_title(f"{first}: gradients that a policy loses", loc="left", fontsize=10)
     bars.legend(frameon=False, fontsize=8)
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)

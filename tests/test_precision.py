@@ -69,17 +69,22 @@ PLANS = (
 ODD = {"tensor=two_d:3x2": (12, 8), "tensor=one_d:5": (16, 5), "data=7": (14, 8)}  # batch, heads
 
 
+def recipe_in(policy, model, plan, batch):
+    """With a loss scale under which nothing overflows, if the policy scales at all."""
+    scale = "none" if family.pick("policies", policy)().loss_scale == "none" else "static:1024"
+    return recipe_of(model, f"{plan},precision={policy}", batch=batch, loss_scale=scale)
+
+
 @functools.cache
 def alone(model, policy, microbatches, batch):
     """Loss, gradients and state of one device."""
-    plan = f"microbatches={microbatches},precision={policy}"
-    return run(recipe_of(model, plan, batch=batch))
+    return run(recipe_in(policy, model, f"microbatches={microbatches}", batch))
 
 
 def check(policy, model, plan, batch=BATCH):
     """A plan lies no further from one device than the policy says."""
     want = alone(model, policy, Plan.parse(plan).microbatches, batch)
-    got = run(recipe_of(model, f"{plan},precision={policy}", batch=batch))
+    got = run(recipe_in(policy, model, plan, batch))
     tolerance = family.pick("policies", policy)().tolerance
     assert_equal(got.loss, want.loss, tolerance)
     assert_equal(got.gradients, want.gradients, tolerance)
