@@ -9,6 +9,7 @@ import optax
 from jaxpar.core import family, strict
 from jaxpar.core.cells import Order
 from jaxpar.core.plan import Plan, order_of, scheme_of
+from jaxpar.core.policy import Policy
 from jaxpar.core.recipe import Model, Recipe
 from jaxpar.core.refuse import Collector, Problem, refuse
 from jaxpar.core.timetable import timetable
@@ -18,7 +19,7 @@ from jaxpar.plan.context import Settings
 from jaxpar.plan.layout import SINGLE, Placement
 from jaxpar.plan.wire import device_wire
 from jaxpar.plan.zero import zero_of
-from jaxpar.step import checks
+from jaxpar.step import checks, histories
 from jaxpar.step.gradients import Pipeline
 from jaxpar.step.stages import Division, costs_of, divide
 
@@ -107,7 +108,7 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
     plan = recipe.plan
     settings = Settings(
         placement=placement,
-        policy=family.pick("policies", plan.precision)(),
+        policy=_policy(plan),
         wire=device_wire(),
         zero=zero_of(plan, placement, model.dims[0], _shapes(model)[0]),
         unroll={"true": True, "false": False, "auto": None}[plan.unroll],
@@ -168,6 +169,8 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
         found.problems.extend(check.of_heads(*(fields.get(name) for name in ("width", "heads", "kv_heads"))))
         if inputs or "example" not in family.parameters(builder):
             model = found.attempt(builder, **fields)
+    if model and inputs and (policy := found.attempt(_policy, recipe.plan)):
+        model = histories.remembering(model, policy, inputs)
     order = found.attempt(order_of, recipe.plan)
     found.problems.extend([*remat.of_order(recipe.plan, order), *offload.of_order(recipe.plan, order)] if order else ())
     division = None
@@ -186,6 +189,10 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
     return model, placement, division
 
 
+def _policy(plan: Plan) -> Policy:
+    return family.pick("policies", plan.precision, "plan.precision")()
+
+
 def _shapes(model: Layer):
     """Of (params, extra), as on disk."""
     return jax.eval_shape(lambda seed: model.init(jax.random.key(seed)), 0)
@@ -195,7 +202,7 @@ def _divided(recipe: Recipe, model: Layer, order: Order, inputs) -> Division:
     """The model in stages; what they cost is only asked where the cut depends on it."""
 
     def costs():
-        policy = family.pick("policies", recipe.plan.precision)()
+        policy = _policy(recipe.plan)
         return costs_of(model, Settings(SINGLE, policy, device_wire()), inputs)
 
     refuse(_out_of_order(recipe, model, order))
