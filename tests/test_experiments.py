@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from experiments import (
+    accumulation,
     memory,
     memory_depth,
     memory_layer,
     memory_trade,
     pipeline_bubbles,
     pipeline_memory,
+    rounding,
     scaling,
     tensor_parallel,
     zero,
@@ -224,3 +226,33 @@ def test_memory_of_compiled_stacks_grows_as_it_should(monkeypatch):
 def test_memory_names_every_wrong_flag_at_once(depths):
     with pytest.raises(Refused, match=r"depths = .*2 to 10000.*\n.*repeats = 1.*\n.*topology = v9z:2x2"):
         memory.chosen(memory.Options(depths=depths, repeats=1, topology="v9z:2x2"))
+
+
+def test_accumulation_sticks_where_the_paper_says(tmp_path, monkeypatch, capsys):
+    for name, less in (("FORMATS", ("fp169",)), ("FACTOR", 64), ("POINTS", 4)):
+        monkeypatch.setattr(accumulation, name, less)
+    accumulation.main(accumulation.Options("t", str(tmp_path), count=6000, series=2))
+    found = json.loads((tmp_path / "t" / "table.json").read_text())
+    ends = {way: line[-1][1] for way, line in found["curves"].items()}
+    assert ends["in one go"] == 4096 and ends["exact"] == pytest.approx(6000, rel=0.05)
+    for way in ("stochastic", "chunks of 32", "chunks of 64"):
+        assert ends[way] == pytest.approx(ends["exact"], rel=0.1)
+    (row,) = found["errors"]
+    (_, naive), errors = row["errors"][-1], dict(row["errors"])
+    assert naive > 5 * errors[64] and errors[1] == naive and row["in one go"] == row["sticks"] == 4096
+    assert (tmp_path / "t" / "accumulation.png").read_bytes().startswith(b"\x89PNG")
+    assert "4096 4096" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(Refused, match=r"count = 1"):
+        accumulation.main(accumulation.Options(count=1))
+
+
+def test_rounding_stalls_to_nearest_and_trains_at_random(tmp_path, capsys):
+    rounding.main(rounding.Options("t", str(tmp_path), formats="e5m2", steps=40))
+    rows = json.loads((tmp_path / "t" / "table.json").read_text())["rows"]
+    exact, nearest, stochastic = (row["held_out"][-1][1] for row in rows)
+    assert nearest > 2.2 and abs(stochastic - exact) < 0.3 * (nearest - exact)
+    assert rows[1]["moved"][-1][1] < rows[2]["moved"][-1][1] < rows[0]["moved"][-1][1]
+    assert (tmp_path / "t" / "rounding.png").read_bytes().startswith(b"\x89PNG")
+    assert "e5m2" in capsys.readouterr().out
+    with pytest.raises(Refused, match=r"formats = fp17.*\n.*steps = 0"):
+        rounding.main(rounding.Options(formats="fp17,bf16", steps=0))

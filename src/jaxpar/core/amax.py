@@ -1,12 +1,11 @@
 """Scales of 8-bit floating point: from the largest magnitude of an array, as it is or as it was in the last steps.
 
 The formulas are those of `flax.linen.fp8_ops` (`compute_scale`, `quantize`, `compute_amax_history`), and
-`tests/test_amax.py` holds them to be the same. flax's are not called: its largest magnitude is that of one device's part;
-its update of the state knows no margin and no `most_recent`; its products dequantize in the dtype of the results and have
-a rule of differentiation of their own, which knows of no gathers; and its scale of a magnitude below 1e-36 is 0, so that
-a zero divided by it is NaN. `jax.nn.scaled_matmul` takes a scale for each 32 entries of a contraction where hardware has
-such a product (Blackwell), and makes float32 of its operands everywhere else; qwix scales from the live array alone and
-rewrites the products of flax models.
+`tests/test_amax.py` holds them to be the same. They are not called: core/ does without flax, and of flax's functions the
+largest magnitude is that of one device's part, the update of a state knows no margin and no `most_recent`, the scale of
+what is below 1e-36 is 0 (and 0 / 0 NaN), and the products have a rule of differentiation of their own, without gathers.
+`jax.nn.scaled_matmul` is for scales of 32 entries of a contraction each, which Blackwell multiplies; elsewhere it makes
+float32 of its operands. qwix scales by the live array alone, and takes hold of the products of flax's models.
 """
 
 import jax.numpy as jnp

@@ -21,9 +21,10 @@ class Operand:
             number of its entries or blocks; None for 1.
         along: dims, counted from the last (-1, -2, ...), along which `scale` has more than one entry over all devices:
             it is gathered along them as the array is.
-        format: of 8 bits, of which `array` holds the bits as uint8; None if it holds numbers. So it travels, and is kept
-            for the backward pass, as it is: `jax.checkpoint` rounds what it keeps as if every format had infinities,
-            which makes NaN of the E4M3 numbers from 248 on (jax 0.10.2 and 0.12), and XLA for CPUs sends float8 as wider.
+        format: of 8 bits, of which `array` holds the bits as uint8; None if it holds numbers. So it travels and is kept
+            for the backward pass as it is: `jax.checkpoint` rounds floats that it keeps as if each format had
+            infinities, which makes NaN of the numbers of E4M3 from 248 on (jax 0.10.2 and 0.12), and XLA for CPUs sends
+            float8 as float16.
     """
 
     array: Any
@@ -62,7 +63,7 @@ class Site(NamedTuple):
         largest: `largest(a, dims)`: elementwise maximum of `a` over the devices that hold other parts of those dims,
             counted from the last; by default of all. It has no gradient.
         bits: `bits()`: uint32 random bits, like the array: a function of (seed, step, layer, product, role, global
-            index) alone; in training.
+            index) alone; None in evaluation, and unless the policy `draws`.
         history: what delayed scaling kept of this operand, or None.
     """
 
@@ -70,7 +71,7 @@ class Site(NamedTuple):
     role: str
     parts: tuple[int, ...]
     largest: Callable
-    bits: Callable
+    bits: Callable | None
     history: Any
 
 
@@ -89,6 +90,7 @@ class Policy(NamedTuple):
         dot: `dot(multiply, a, b)`: the product of two operands in the dtype of results, by
             `multiply(a.values, b.values, dtype, precision)`, which accumulates in `dtype`. Operands are matrices, but
             those of convolutions.
+        draws: whether `enter` rounds stochastically, by `Site.bits`.
         matrices: whether convolutions are to be products of matrices as well, made of patches.
         history: `history() -> tree`: what delayed scaling begins with, for one operand; None if nothing is kept.
         remember: `remember(history, seen) -> history`: the next one. It is asked for on the way back, where each
@@ -105,6 +107,7 @@ class Policy(NamedTuple):
     cast: Callable
     enter: Callable
     dot: Callable
+    draws: bool = False
     matrices: bool = False
     history: Callable | None = None
     remember: Callable | None = None

@@ -51,7 +51,9 @@ class Context(NamedTuple):
 
     Attributes:
         dot: `dot(x, w, "embed mlp")`: x times w; with tuples of weights and dims, several products that share x.
-        conv: `conv(x, w, "embed channels", strides=1)`: the same for kernels `w[height, width, in, out]`, zero-padded
+        einsum: `einsum("bqhd,bkhd->bhqk", a, b)`: the product of two activations in the dtype they come in, none of
+            whose dims that are summed is split; the result is float32.
+        conv: `conv(x, w, "embed channels", strides=1)`: as `dot`, for kernels `w[height, width, in, out]`, zero-padded
             to keep size / strides.
         mean: `mean(x, "embed", over="embed")`: mean over whole dims, kept as dims of size 1.
         lookup: `lookup(table, ids)`: rows of `table["vocab embed"]`.
@@ -67,6 +69,7 @@ class Context(NamedTuple):
     """
 
     dot: Callable
+    einsum: Callable
     conv: Callable
     mean: Callable
     lookup: Callable
@@ -131,6 +134,22 @@ class Reducer(NamedTuple):
 
     init: Callable
     reduce: Callable
+
+
+class LossScale(NamedTuple):
+    """What the backward pass begins with in place of 1, so that small gradients survive in a format of few exponents.
+
+    The loss itself is never multiplied; gradients come out scaled and are divided before anything else reads them.
+
+    Attributes:
+        init: `init() -> state`: single numbers, kept in `State.opt`; None where nothing is scaled.
+        scale: `scale(state) -> float32`: what the step is scaled by that begins with this state.
+        update: `update(state, fine) -> state`: after a step whose loss and gradients were finite, or were not.
+    """
+
+    init: Callable[[], Tree] | None
+    scale: Callable[[Tree], Any]
+    update: Callable[[Tree, Any], Tree]
 
 
 class Sink(NamedTuple):

@@ -79,31 +79,31 @@ def contract(settings, form: Bilinear, ways: list[Way], x, weights: tuple, histo
     policy = settings.policy
     likes = jax.typeof(x), tuple(map(jax.typeof, weights))
 
-    def entered(a, way, role, number, history):
-        return policy.enter(a, site(settings, way, role, number, a, history.get(role)))
+    def entered(a, way, role, number, history, draw):
+        return policy.enter(a, site(_drawing(settings, draw), way, role, number, a, history.get(role)))
 
-    def local(x, weights, histories):
-        x_in, x_seen = entered(x, ways[0], "activation", 0, histories[0] if histories else {})
+    def local(x, weights, histories, draw):
+        x_in, x_seen = entered(x, ways[0], "activation", 0, histories[0] if histories else {}, draw)
         seen, results, kept = {}, [], []
         for number, (way, w, history) in enumerate(zip(ways, weights, histories, strict=True)):
             if way.shares not in seen:
                 seen[way.shares] = moved(way.x, x_in)
-            w_in, w_seen = entered(w, way, "weight", number, history)
+            w_in, w_seen = entered(w, way, "weight", number, history, draw)
             w_in = moved(way.w, w_in)
             results.append(way.y(form.forward(policy.dot, seen[way.shares], w_in)))
             kept.append((w_in, w_seen))
-        return results, (list(seen.values()), x_seen, kept, histories)
+        return results, (list(seen.values()), x_seen, kept, histories, draw)
 
     @jax.custom_vjp
-    def product(x, weights, histories):
-        return local(x, weights, histories)[0]
+    def product(x, weights, histories, draw):
+        return local(x, weights, histories, draw)[0]
 
     def backward(residuals, gradients):
-        seen, x_seen, kept, histories = residuals
+        seen, x_seen, kept, histories, draw = residuals
         order = list(dict.fromkeys(way.shares for way in ways))
         by_x, by_w, news = [None] * len(order), [], []
         for number, (way, dy, (w_in, w_seen), history) in enumerate(zip(ways, gradients, kept, histories, strict=True)):
-            dy_in, dy_seen = entered(dy, way, "gradient", number, history)
+            dy_in, dy_seen = entered(dy, way, "gradient", number, history, draw)
             dy_in, place = way.back(dy_in), order.index(way.shares)
             x_in = seen[place]
             dx = form.by_x(policy.dot, dy_in, w_in, jax.typeof(x_in.array))
@@ -115,10 +115,24 @@ def contract(settings, form: Bilinear, ways: list[Way], x, weights: tuple, histo
             news.append(jax.tree.map(_alike, new, history))
         first = {way.shares: way.x for way in reversed(ways)}
         parts = [_pulled(first[shares], likes[0], dx) for shares, dx in zip(order, by_x, strict=True)]
-        return sum(parts[1:], parts[0]), tuple(by_w), tuple(news)
+        return sum(parts[1:], parts[0]), tuple(by_w), tuple(news), None
 
     product.defvjp(local, backward)
-    return product(x, tuple(weights), tuple(histories))
+    return product(x, tuple(weights), tuple(histories), _draw(settings))
+
+
+def _draw(settings):
+    """What random bits depend on, as arrays: the backward pass of a loop is none of the trace that its key is of."""
+    return (jax.random.key_data(settings.key), settings.first_example) if _draws(settings) else None
+
+
+def _drawing(settings, draw):
+    """Settings with what `_draw` took from them."""
+    return settings._replace(key=jax.random.wrap_key_data(draw[0]), first_example=draw[1]) if draw else settings
+
+
+def _draws(settings) -> bool:
+    return settings.policy.draws and settings.key is not None
 
 
 def site(settings, way: Way, role: str, number: int, a, history) -> Site:
@@ -141,13 +155,11 @@ def site(settings, way: Way, role: str, number: int, a, history) -> Site:
         return settings.wire.largest(value, axes, f"scale of the {role} of {way.name}")
 
     def bits():
-        if settings.key is None:
-            raise ValueError(f"precision={way.name!r}: stochastic rounding needs a random key; pass one to the step.")
         key = jax.random.fold_in(settings.key, zlib.crc32(f"{role} {number} of {way.name}".encode()))
         return compat.random_bits(key, *counters(settings, a.shape, lies, examples=role != "weight"))
 
     parts = tuple(layout.size(settings.placement.scheme, axes) for axes in lies)
-    return Site(way.name, role, parts, largest, bits, history)
+    return Site(way.name, role, parts, largest, bits if _draws(settings) else None, history)
 
 
 def moved(move: Callable, operand: Operand) -> Operand:

@@ -13,8 +13,8 @@ def fp8_block() -> Policy:
 
     For the gradient of a weight, whose contraction is over tokens, activation and gradient are laid out anew in blocks
     of 128 tokens of this device: from their 8 bits, as the paper does with activations. All scales are powers of two,
-    where the paper has them so for some layers only: then nothing is rounded twice but what is below the least number of
-    its new block. Results are bfloat16.
+    where the paper has them so for some layers only: then nothing is rounded twice but what is below the least number
+    of its new block. Results are bfloat16.
 
     The product with `vocab`, the head, is one of bfloat16, as in the paper; so are convolutions, of 8-bit operands. A
     dim that several devices share out must be whole blocks on each, or one block in all, whose scale they share.

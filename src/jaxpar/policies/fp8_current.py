@@ -21,5 +21,5 @@ def fp8_current() -> Policy:
         dot=amax.product,
         dtype=jnp.bfloat16,
         tolerance=5e-2,
-        note="8-bit products on GPUs from Hopper on and on TPU7x; elsewhere the same numbers are multiplied in wider ones",
+        note="8-bit products on GPUs from Hopper on and on TPU7x; elsewhere the same numbers in a wider dtype",
     )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxpar.core import compat
 from jaxpar.core.cost import Cost
+from jaxpar.core.policy import plain
 from jaxpar.core.scheme import Axes
 from jaxpar.plan import layout, padding, zero
 from jaxpar.plan.layout import Placement
@@ -29,7 +30,8 @@ def gradient_lines(parts: Parts, trace=None) -> list[Line]:
 
     Source: bytes of ring algorithms, `jaxpar.core.cost.wire_bytes`; which collectives, `jaxpar.plan.matmul.derive`.
     """
-    if not parts.pipeline.plain or parts.settings.zero.stage or parts.settings.remat.kind != "none":
+    rounded = parts.settings.policy.enter is not plain  # what travels back is then not in the dtype of what went forward
+    if not parts.pipeline.plain or parts.settings.zero.stage or parts.settings.remat.kind != "none" or rounded:
         return _from_trace(parts, trace or traced(parts))
     placement, model = parts.settings.placement, parts.model
     book = ledger(placement.scheme.axes)
@@ -111,7 +113,8 @@ def step_lines(parts: Parts, trace=None) -> list[Line]:
             lines.append(_line(placement, f"norm of {words}", "all_reduce", axes, 4, parts.norms))
         if rest.steps and parts.settings.zero.stage < 3:
             axes = parts.settings.zero.axes
-            part = leaf.size * leaf.dtype.itemsize // layout.size(placement.scheme, axes)
+            each = jnp.dtype(parts.master.dtype if parts.master else leaf.dtype).itemsize
+            part = leaf.size * each // layout.size(placement.scheme, axes)
             lines.append(_line(placement, f"new {words}", "all_gather", axes, part, 1))
     return lines
 

@@ -1,8 +1,8 @@
 """State for delayed scaling around any model: each operand of each product has a history, and no layer knows of it.
 
 Which leaves are weights of products is found in the trace of each part of the model. Such a leaf enters the layers as
-`Recorded`, with the histories of the operands of its product; what becomes of these is their cotangent, as for any state
-of the backward pass.
+`Recorded`, with the histories of the operands of its product; what becomes of these is their cotangent, as for any
+state of the backward pass.
 """
 
 from collections import Counter
@@ -28,10 +28,10 @@ ROLES = ("activation", "weight", "gradient")
 def remembering(model: Layer, policy: Policy, inputs) -> Layer:
     """The model with a history for each operand of its products; the model itself under a policy without histories.
 
-    The state of a part becomes `{"own": ..., "precision": {"backward": {leaf: {role: history}}}}`. Weights that share an
-    x in one call share its history, which is that of the first. Without a history, and so scaled as they are, stay
-    weights that are used more than once in a part, in a loop over time (there cotangents add up, and histories must not)
-    or after arithmetic, and those of stacks within parts.
+    The state of a part becomes `{"own": ..., "precision": {"backward": {leaf: {role: history}}}}`. Weights that share
+    an x in one call share its history, which is that of the first. Without a history, and so scaled as they are, stay
+    weights that are used more than once in a part, in a loop over time or after arithmetic, and those of stacks within
+    parts: where a weight is used several times cotangents add up, and histories must not.
 
     Args:
         model: from inputs to logits.
