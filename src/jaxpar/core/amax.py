@@ -1,7 +1,7 @@
 """Scales of 8-bit floating point: from the largest magnitude of an array, as it is or as it was in the last steps.
 
 The formulas are those of `flax.linen.fp8_ops` (`compute_scale`, `quantize`, `compute_amax_history`), and
-`tests/test_amax.py` holds them to be the same. They are not called: core/ does without flax, and of flax's functions the
+`tests/test_amax.py` holds them to be the same. They are not called: core/ does without flax, and of its functions the
 largest magnitude is that of one device's part, the update of a state knows no margin and no `most_recent`, the scale of
 what is below 1e-36 is 0 (and 0 / 0 NaN), and the products have a rule of differentiation of their own, without gathers.
 `jax.nn.scaled_matmul` is for scales of 32 entries of a contraction each, which Blackwell multiplies; elsewhere it makes

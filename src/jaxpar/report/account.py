@@ -30,7 +30,7 @@ def gradient_lines(parts: Parts, trace=None) -> list[Line]:
 
     Source: bytes of ring algorithms, `jaxpar.core.cost.wire_bytes`; which collectives, `jaxpar.plan.matmul.derive`.
     """
-    rounded = parts.settings.policy.enter is not plain  # what travels back is then not in the dtype of what went forward
+    rounded = parts.settings.policy.enter is not plain  # so what travels back has another dtype
     if not parts.pipeline.plain or parts.settings.zero.stage or parts.settings.remat.kind != "none" or rounded:
         return _from_trace(parts, trace or traced(parts))
     placement, model = parts.settings.placement, parts.model
