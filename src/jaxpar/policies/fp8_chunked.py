@@ -18,6 +18,9 @@ def fp8_chunked() -> Policy:
     into the vocabulary. Convolutions are products of matrices made of patches, as the paper has them. Parameters rest
     in (1,6,9), and what is added to them is rounded stochastically; the loss is scaled by 1000.
 
+    So layouts that split rows alone agree within some units of the last of (1,6,9)'s bits; where devices share a
+    contraction, sums differ in about that bit as well, and an operand of (1,5,2) that falls on another side by a quarter.
+
     What is too large: activations and weights saturate; gradients and sums become infinities, so the step is skipped.
 
     Other than in the paper:
@@ -39,12 +42,9 @@ def fp8_chunked() -> Policy:
         loss_scale="static:1000",
         master="fp169",
         dtype="fp169",
-        tolerance=TOLERANCE,
+        tolerance=3e-1,
         note=NOTE,
     )
-
-
-TOLERANCE = 1e-1
 
 
 def _enter(a, site: Site) -> tuple[Operand, None]:
