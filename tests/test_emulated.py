@@ -1,4 +1,4 @@
-"""The two recipes of 8 bits that are emulated: which operand is rounded how, what becomes of it, and that they train."""
+"""The two recipes of 8 bits that are emulated: which operand is rounded how, what becomes of it, and that it trains."""
 
 from types import SimpleNamespace
 

@@ -24,7 +24,7 @@ def fp8_mixed() -> Policy:
     Other than in the paper:
         gradients of weights are not rounded to 8 bits, since they are yet to be summed over devices and microbatches,
         which is done in float32;
-        what is no product is float32, and rows of the token table are as they rest;
+        what is no product with a weight is float32, attention's products too; rows of the token table are as they rest;
         what is added to the parameters is rounded stochastically, unless `rounding=nearest`.
 
     Source: Mellempudi et al. 2019, arXiv:1905.12334, section 3.
