@@ -83,7 +83,8 @@ def trained(name: str, stochastic: bool, options: Options) -> dict:
     parts = parts._replace(optimizer=optax.chain(parts.optimizer, rounded(fmt, stochastic, options.seed)))
     made = program(parts)
     state = made.init()
-    state = state._replace(params=jax.tree.map(lambda leaf: formats.nearest(leaf, fmt), state.params))
+    on_grid = jax.jit(lambda params: jax.tree.map(lambda leaf: formats.nearest(leaf, fmt), params))
+    state = state._replace(params=on_grid(state.params))
     held_out = [made.place(dataset.held_out(i)) for i in range(dataset.held_out_batches)]
 
     def weights() -> np.ndarray:

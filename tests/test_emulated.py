@@ -1,5 +1,6 @@
 """The two recipes of 8 bits that are emulated: which operand is rounded how, what becomes of it, and that it trains."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -10,10 +11,14 @@ from parity import assert_equal
 
 from jaxpar.core import chunked, family
 from jaxpar.core.formats import FORMATS, nearest
+from jaxpar.core.plan import Plan
+from jaxpar.core.recipe import Data, Model, Recipe
 from jaxpar.plan.context import context
 from jaxpar.plan.layout import SINGLE
 from jaxpar.plan.product import Settings
 from jaxpar.plan.wire import device_wire
+from jaxpar.step.parts import prepare
+from jaxpar.step.program import program
 
 POLICIES = ("fp8_chunked", "fp8_mixed")
 SITES = {  # product, role, and the format of each policy's operand
@@ -98,3 +103,23 @@ def test_random_bits_are_those_of_one_device_on_any_layout():
     """So different only by what rounds differently: hardly anything, where sums are float32."""
     want = gradients("fp8_mixed", "data=1")
     assert_equal(gradients("fp8_mixed", "tensor=two_d:2x2,microbatches=2"), want, tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
+def test_digits_are_learned_as_in_float32(name):
+    """With the loss scale and the parameters that the policy asks for."""
+    base = Recipe(Model("mlp", layers=2, width=32, hidden=64), Data("digits"), batch=64, steps=200)
+    exact, emulated = (held_out(replace(base, plan=Plan(precision=one))) for one in ("fp32", name))
+    assert exact < 0.35 and abs(emulated - exact) < 0.05
+
+
+def held_out(recipe):
+    parts, dataset = prepare(recipe)
+    made = program(parts)
+    state = made.init()
+    for step in range(recipe.steps):
+        state, _ = made.step(state, made.place(dataset.batch(step)))
+    batches = map(made.place, map(dataset.held_out, range(dataset.held_out_batches)))
+    nats, labels = np.sum([made.evaluate(state.params, state.extra, batch) for batch in batches], 0)
+    return nats / labels
