@@ -12,7 +12,7 @@ with 8 bits behind the point nearest fails and stochastic trains, with 14 both d
 (arXiv:1812.08011, section 2.4: nearest updates cost accuracy, stochastic ones none); those of 8 bits go further than
 either paper.
 
-A minute or two on 2 idle cores.
+Two minutes on 2 idle cores.
 
     python -m experiments.rounding
     python -m experiments.rounding --steps 2000 --learning-rate 3e-4 --name slow
@@ -144,6 +144,8 @@ def picture(path: Path, rows: list[dict]) -> Path:
         losses.plot(*zip(*row["held_out"], strict=True), **look, label=label)
         moved.plot(*zip(*row["moved"], strict=True), **look)
     losses.set(xlabel="step", ylabel="held-out loss, nats", yscale="log")
+    losses.set_yticks([0.3, 0.5, 1, 2], ["0.3", "0.5", "1", "2"])
+    losses.yaxis.minorticks_off()
     losses.set_title("weights rounded to nearest (dotted) and stochastically", loc="left", fontsize=10)
     losses.legend(frameon=False, fontsize=8)
     moved.set(xlabel="step", ylabel="share of weights that a step moves", ylim=(-0.02, 1.02))

@@ -18,6 +18,7 @@ FAMILIES = {
     "schemes": 1,
     "schedules": 1,
     "reducers": 1,
+    "loss_scales": 1,
     "masks": 1,
     "optimizers": 1,
     "datasets": 1,

@@ -25,6 +25,7 @@ MADE = {  # names of types, since importing them here would make `--help` wait f
     "schedules": "Order",
     "policies": "Policy",
     "reducers": "Reducer",
+    "loss_scales": "LossScale",
     "sinks": "Sink",
 }
 

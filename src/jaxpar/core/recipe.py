@@ -74,7 +74,13 @@ class Recipe:
         evaluate_every: steps between evaluations on held-out data; 0 for the end only.
         evaluate_batches: held-out batches per evaluation, at most.
         checkpoint_every: steps between checkpoints; 0 for the end only.
-        skip_limit: updates skipped in a row, since loss or gradients were no numbers, after which the run stops.
+        skip_limit: updates skipped in a row, since loss or gradients were no numbers, after which the run stops; not
+            counted are those after which a smaller loss scale may mend it.
+        loss_scale: what gradients are multiplied by on their way back: none, static:1000, dynamic, enhanced, or with
+            numbers of your own dynamic:65536+interval=2000, enhanced:40000=8192; auto: as the precision asks.
+        master: format in which parameters rest between steps: fp32, fp16, bf16, fp169 ..., fixed:4.12; none: that of
+            products; auto: as the precision asks. Steps compute with float32 copies.
+        rounding: of updates onto such a format: nearest or stochastic; auto: stochastic.
         peak_tflops: 1e12 flops per second of one device, for MFU; by default those of the chip in bfloat16, if known.
     """
 
@@ -93,6 +99,9 @@ class Recipe:
     evaluate_batches: int = 8
     checkpoint_every: int = 100
     skip_limit: int = 5
+    loss_scale: str = "auto"
+    master: str = "auto"
+    rounding: str = "auto"
     peak_tflops: float | None = None
 
     def to_json(self) -> str:

@@ -136,6 +136,22 @@ class Reducer(NamedTuple):
     reduce: Callable
 
 
+class LossScale(NamedTuple):
+    """What the backward pass begins with in place of 1, so that small gradients survive in a format of few exponents.
+
+    The loss itself is never multiplied; gradients come out scaled and are divided before anything else reads them.
+
+    Attributes:
+        init: `init() -> state`: single numbers, kept in `State.opt`; None where nothing is scaled.
+        scale: `scale(state) -> float32`: what the step is scaled by that begins with this state.
+        update: `update(state, fine) -> state`: after a step whose loss and gradients were finite, or were not.
+    """
+
+    init: Callable[[], Tree] | None
+    scale: Callable[[Tree], Any]
+    update: Callable[[Tree, Any], Tree]
+
+
 class Sink(NamedTuple):
     """A further place for the metrics of a run; it may be slow or fail, and the run goes on (`train/sinks.py`).
 

@@ -111,7 +111,8 @@ def step_lines(parts: Parts, trace=None) -> list[Line]:
             lines.append(_line(placement, f"norm of {words}", "all_reduce", axes, 4, parts.norms))
         if rest.steps and parts.settings.zero.stage < 3:
             axes = parts.settings.zero.axes
-            part = leaf.size * leaf.dtype.itemsize // layout.size(placement.scheme, axes)
+            each = jnp.dtype(parts.master.dtype if parts.master else leaf.dtype).itemsize
+            part = leaf.size * each // layout.size(placement.scheme, axes)
             lines.append(_line(placement, f"new {words}", "all_gather", axes, part, 1))
     return lines
 

@@ -11,8 +11,10 @@ from jaxpar.plan.layout import Layout, Placement
 from jaxpar.report import account, hostlink, liveness, machine
 from jaxpar.report.backends import CPU, RULES, Rules
 from jaxpar.report.liveness import Peak
+from jaxpar.step import master
 from jaxpar.step.parts import Parts
-from jaxpar.step.program import optimizer_places, traced, updated
+from jaxpar.step.program import optimizer_places, traced
+from jaxpar.step.update import updated
 
 HOST = "host"  # the category of what rests there
 
@@ -33,11 +35,12 @@ def held(parts: Parts) -> dict[str, int]:
         return params, extra, parts.optimizer.init(params), parts.reducer.init(params)
 
     params, extra, opt, comm = jax.eval_shape(born)
+    at_rest = jax.eval_shape(partial(master.resting, parts.master), params)
     own, gradients, moments = (_counts(placement, params, parts.settings.zero.layouts(since)) for since in (3, 2, 1))
     state = jax.tree.map(lambda words: _count(placement, layout.weight(placement, words)), model.dims[1])
     rows = layout.size(placement.scheme, layout.rows(placement, "batch", "-"))
     here = {
-        "parameters": _split(own, params, "parameters" in parts.offload),
+        "parameters": _split(own, at_rest, "parameters" in parts.offload),
         "optimizer": _split(
             optimizer_places(parts.optimizer, opt, params, moments, 1), opt, "optimizer" in parts.offload
         ),
@@ -103,8 +106,9 @@ def _peak(parts: Parts, jaxpr, rules: Rules) -> Peak:
     like = 0.0, *made, jax.eval_shape(parts.reducer.init, made[0])
     found = jax.tree.unflatten(jax.tree.structure(like), [_plain(var) for var in inside.outvars])
     _, params, extra, comm = found
-    state = State(_plain(jaxpr.invars[-1]), params, extra, jax.eval_shape(parts.optimizer.init, params), comm)
-    then = jax.make_jaxpr(partial(updated, parts.optimizer))(found, state).jaxpr
+    at_rest = jax.eval_shape(partial(master.resting, parts.master), params)
+    state = State(_plain(jaxpr.invars[-1]), at_rest, extra, jax.eval_shape(parts.optimizer.init, params), comm)
+    then = jax.make_jaxpr(partial(updated, parts.optimizer, loss_scale=parts.loss_scale))(found, state).jaxpr
 
     results, (_, *counts) = len(inside.outvars), (len(jax.tree.leaves(one)) for one in state)
     given = iter(jaxpr.invars)

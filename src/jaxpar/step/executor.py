@@ -33,6 +33,7 @@ class Score(NamedTuple):
         works: of each role, its work by kind; a kind without work takes its tick and does nothing.
         boundary: what travels; None if there is one stage.
         loss: shape, dtype and axes of the device's part of the loss.
+        scale: its gradient, with which the backward pass begins.
     """
 
     table: Timetable
@@ -42,6 +43,7 @@ class Score(NamedTuple):
     works: tuple[dict[str, Work], ...]
     boundary: Boundary | None
     loss: Any
+    scale: Any = 1.0
 
 
 class Carry(NamedTuple):
@@ -104,8 +106,7 @@ def play(score: Score, params: Tree, extra: Tree, batch: tuple, total: Tree) -> 
                 carry, sent[kind] = _noted(carry, kind, done, at)
         for (kind, shift), pairs in _channels(score.table).items():
             message = lax.ppermute(sent[kind], PIPE, pairs) if shift else sent[kind]
-            pool = "x" if kind == "F" else "seed"
-            (old,) = carry.pools[pool]
+            (old,) = carry.pools[pool := "x" if kind == "F" else "seed"]
             new = _set(old, message, here[columns[kind, f"receive {shift}"]])
             carry = carry._replace(pools=carry.pools | {pool: [new]})
         return carry, None
@@ -262,7 +263,7 @@ def given_of(score: Score, role: int, arrays: tuple, came: dict, where: tuple) -
     (params, extra, batch), (at, rows, firsts) = arrays, where
     takes, last, stage = score.roles[role].takes, score.roles[role].last, score.roles[role].stage
     forward, backward = halves(stages.extra_of(stage, extra, rows))
-    one = jnp.ones(score.loss.shape, score.loss.dtype)
+    one = jnp.full(score.loss.shape, score.scale, score.loss.dtype)
     seed = compat.vary(one, compat.varying_axes(score.loss)) if last else came.get("seed", score.boundary.nothing())
     return Given(
         own=stages.params_of(stage, params, rows),

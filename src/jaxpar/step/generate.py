@@ -11,6 +11,7 @@ from jaxpar.core.types import Layer, Tree
 from jaxpar.plan.context import context
 from jaxpar.plan.layout import SINGLE
 from jaxpar.plan.product import Settings
+from jaxpar.step.master import wide
 
 
 class Trained(NamedTuple):
@@ -47,12 +48,12 @@ def generate(
         Prompt and continuation, int32 `[len(prompt) + count]`.
     """
     ctx = context(trained.settings._replace(placement=SINGLE, train=False))
-    prompt = np.asarray(prompt, np.int32)
+    params, prompt = wide(trained.params), np.asarray(prompt, np.int32)
     start = prompt[-window:]
 
     def one(carry, key):
         seen, length = carry  # the last tokens, from the left; what stands to the right of them is not looked at
-        logits, _ = trained.model.apply(trained.params, trained.extra, seen[None], ctx)
+        logits, _ = trained.model.apply(params, trained.extra, seen[None], ctx)
         token = jax.random.categorical(key, _likeliest(logits[0, length - 1], top_k) / temperature).astype(jnp.int32)
         full = length == window
         seen = jnp.where(full, jnp.roll(seen, -1), seen).at[jnp.where(full, window - 1, length)].set(token)

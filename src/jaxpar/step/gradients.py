@@ -15,13 +15,14 @@ from jaxpar.plan import layout, offload, zero
 from jaxpar.plan.context import Settings
 from jaxpar.plan.layout import PIPE
 from jaxpar.step.executor import Carry, play
+from jaxpar.step.master import wide
 from jaxpar.step.objective import labelled
 from jaxpar.step.rehearsal import Manner, score
 from jaxpar.step.stages import Division
 
 
 class Found(NamedTuple):
-    """Mean loss in nats, gradients, the new extra and the reducer's new state."""
+    """Mean loss in nats, gradients (times the loss scale), the new extra and the reducer's new state."""
 
     loss: object
     gradients: object
@@ -51,7 +52,7 @@ class Pipeline(NamedTuple):
 
 
 def gradients(
-    model: Layer, pipeline: Pipeline, settings: Settings, reducer: Reducer, state: tuple, batch: tuple, key
+    model: Layer, pipeline: Pipeline, settings: Settings, reducer: Reducer, state: tuple, batch: tuple, key, scale=None
 ) -> Found:
     """Loss and gradients of a whole batch, one microbatch after the other.
 
@@ -66,19 +67,22 @@ def gradients(
         state: local (params, extra, comm).
         batch: local (inputs, labels), each `[microbatches, examples, ...]`.
         key: random key of this step.
+        scale: gradients come out multiplied by it, the loss does not; None for 1.
     """
     params, extra, comm = state
     count = jnp.maximum(labelled(settings, batch[1]), 1)
     replicas = layout.replicas(settings.placement)
-    varied = jax.tree.map(lambda leaf: compat.vary(leaf, replicas), params)
+    varied = jax.tree.map(lambda leaf: compat.vary(leaf, replicas), wide(params))
     entered = zero.entered(settings, offload.entered(model.dims[0], varied))
 
     def loss(ctx, logits, labels):
         return _share(settings, ctx.cross_entropy(logits, labels).sum()) / count
 
-    manner = Manner(True, pipeline.storage, _examples(settings, batch), loss)
+    manner = Manner(True, pipeline.storage, _examples(settings, batch), loss, 1.0 if scale is None else scale)
     done = _played(model, pipeline, settings._replace(key=key), manner, (entered, extra, batch))
     found, comm = reducer.reduce(_summed(model, pipeline, done.total), comm, partial(zero.summed, settings))
+    if settings.policy.gradient:
+        found = jax.tree.map(settings.policy.gradient, found, model.dims[0])
     new = _from_owners(model, pipeline, done.extra)
     return Found(lax.psum(done.loss, compat.varying_axes(done.loss)), found, new, comm)
 
@@ -93,7 +97,7 @@ def evaluate(model: Layer, pipeline: Pipeline, settings: Settings, params, extra
         return _share(settings, ctx.cross_entropy(logits, labels).sum())
 
     manner = Manner(False, pipeline.storage, _examples(settings, batch), loss)
-    entered = zero.entered(settings, offload.entered(model.dims[0], params))
+    entered = zero.entered(settings, offload.entered(model.dims[0], wide(params)))
     done = _played(model, pipeline, settings._replace(train=False), manner, (entered, extra, batch))
     return lax.psum(done.loss, compat.varying_axes(done.loss)), labelled(settings, batch[1])
 

@@ -11,15 +11,18 @@ from jaxpar.core.cells import Order
 from jaxpar.core.plan import Plan, order_of, scheme_of
 from jaxpar.core.recipe import Model, Recipe
 from jaxpar.core.refuse import Collector, Problem, refuse
+from jaxpar.core.scaling import loss_scale_of
 from jaxpar.core.timetable import timetable
-from jaxpar.core.types import Dataset, Layer, Reducer
+from jaxpar.core.types import Dataset, Layer, LossScale, Reducer
 from jaxpar.plan import check, layout, offload, remat
 from jaxpar.plan.context import Settings
 from jaxpar.plan.layout import SINGLE, Placement
 from jaxpar.plan.wire import device_wire
 from jaxpar.plan.zero import zero_of
-from jaxpar.step import checks
+from jaxpar.step import checks, master, scaling
 from jaxpar.step.gradients import Pipeline
+from jaxpar.step.master import Master
+from jaxpar.step.rounding import Origin
 from jaxpar.step.stages import Division, costs_of, divide
 
 CONTEXT = 128  # tokens per sequence where neither the recipe nor the model says
@@ -30,8 +33,10 @@ class Parts(NamedTuple):
 
     Attributes:
         model: from inputs to logits.
-        optimizer: clipping and the optimizer, chained, on global arrays.
+        optimizer: unscaling, clipping and the optimizer, chained, on global arrays.
         links: what is chained there.
+        loss_scale: what gradients are scaled by; None for 1.
+        master: how parameters rest; None for float32.
         offload: what rests on the host, as `plan/offload.py` parses it.
         reducer: how gradients are summed over data.
         settings: what the Context is made of.
@@ -47,6 +52,8 @@ class Parts(NamedTuple):
     model: Layer
     optimizer: optax.GradientTransformation
     links: tuple[optax.GradientTransformation, ...]
+    loss_scale: LossScale | None
+    master: Master | None
     offload: frozenset[str]
     reducer: Reducer
     settings: Settings
@@ -117,11 +124,18 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
     refuse(checks.other_data(recipe, model, settings, (inputs, labels)))
     refuse(checks.unknown_activations(recipe, model, settings, (inputs, labels)))
     reducer = family.pick("reducers", plan.reducer)()
-    links = optimizer_links(recipe, model)
+    loss_scale = scaling.chosen(recipe.loss_scale, settings.policy)
+    kept = master.chosen(recipe, settings.policy)
+    refuse(master.unused(recipe, kept))
+    *first, update = optimizer_links(recipe, model, loss_scale)
+    origin = Origin(model.dims[0], _shapes(model)[0], placement.stack)
+    links = (*first, master.kept(kept, update, recipe.seed, origin))
     return Parts(
         model=model,
         optimizer=optax.chain(*links) if len(links) > 1 else links[0],
         links=links,
+        loss_scale=loss_scale,
+        master=kept,
         offload=offload.parse(plan.offload),
         reducer=reducer,
         settings=settings,
@@ -155,6 +169,9 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
     scheme = found.attempt(scheme_of, recipe.plan.tensor)
     builder = found.attempt(family.pick, "models", recipe.model.name, "model.name")
     found.attempt(family.pick, "optimizers", recipe.optimizer, "optimizer")
+    found.problems.extend(master.wrong(recipe))
+    if recipe.loss_scale != scaling.AUTO:
+        found.attempt(loss_scale_of, recipe.loss_scale)
     fields, model = {}, None
     if builder:
         given = model_fields(recipe, classes) | ({"example": inputs.shape[1:]} if inputs else {})
@@ -244,11 +261,15 @@ def learning_rate(recipe: Recipe) -> optax.Schedule:
     )
 
 
-def optimizer_links(recipe: Recipe, model: Layer) -> tuple[optax.GradientTransformation, ...]:
-    """Clipping, if there is any, then the optimizer; only matrices decay."""
+def optimizer_links(
+    recipe: Recipe, model: Layer, loss_scale: LossScale | None = None
+) -> tuple[optax.GradientTransformation, ...]:
+    """Unscaling and clipping, if there is any, then the optimizer; only matrices decay."""
     decayed = jax.tree.map(lambda words: len(words.replace("layers ", "").split()) > 1, model.dims[0])
     make = family.pick("optimizers", recipe.optimizer, "optimizer")
     update = make(learning_rate(recipe), recipe.weight_decay, decayed)
+    if loss_scale:
+        return scaling.unscaling(loss_scale, recipe.clip), update
     return (optax.clip_by_global_norm(recipe.clip), update) if recipe.clip else (update,)
 
 

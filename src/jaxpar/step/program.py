@@ -12,15 +12,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpar.core import compat
-from jaxpar.core.types import State
+from jaxpar.core.types import LossScale, State
 from jaxpar.plan import mesh as meshes
 from jaxpar.plan import offload, padding
 from jaxpar.plan.layout import Placement, rows
 from jaxpar.plan.product import Settings
+from jaxpar.step import master, scaling
 from jaxpar.step.gradients import Found, evaluate, gradients
 from jaxpar.step.partition import partition
 from jaxpar.step.parts import Parts
 from jaxpar.step.stream import Descent, descent
+from jaxpar.step.update import updated
 
 
 class Program(NamedTuple):
@@ -104,7 +106,7 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
             out_shardings=(shardings, whole),
         ),
         evaluate=jax.jit(measured),
-        gradients=jax.jit(lambda state, batch: Found(*found(state.params, state.extra, state.comm, batch, state.step))),
+        gradients=jax.jit(partial(_found, parts.loss_scale, found)),
     )
 
 
@@ -117,37 +119,19 @@ def _step(parts: Parts, found: Callable, moments, stream: Descent | None) -> Cal
         return state._replace(params=jax.lax.with_sharding_constraint(state.params, moments))
 
     def step(state, batch):
-        new = found(state.params, state.extra, state.comm, batch, state.step)
-        state, metrics = updated(parts.optimizer, new, resting(state), stream)
+        scale = scaling.scale_of(parts.loss_scale, state.opt)
+        new = found(state.params, state.extra, state.comm, batch, scale, state.step)
+        state, metrics = updated(parts.optimizer, new, resting(state), parts.loss_scale, stream)
         return resting(state), metrics
 
     return step
 
 
-def updated(
-    optimizer: optax.GradientTransformation, found: tuple, state: State, stream: Descent | None = None
-) -> tuple[State, dict]:
-    """The second half of a step: (new state, metrics), from a `Found` as a tuple and the old state.
-
-    Args:
-        optimizer: all of it.
-        found: a `Found`.
-        state: before the step.
-        stream: the same optimizer where something rests on the host.
-    """
-    loss, grads, extra, comm = found
-    if stream:
-        norm = optax.global_norm(grads)
-        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, opt = stream(grads, state.params, state.opt, fine)
-        extra, comm = jax.tree.map(partial(jnp.where, fine), (extra, comm), (state.extra, state.comm))
-        return State(state.step + 1, params, extra, opt, comm), {"loss": loss, "grad_norm": norm, "skipped": ~fine}
-    updates, opt = optimizer.update(grads, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
-    norm = optax.global_norm(grads)
-    fine = jnp.isfinite(loss) & jnp.isfinite(norm)
-    new = jax.tree.map(lambda new, old: jnp.where(fine, new, old), (params, extra, opt, comm), state[1:])
-    return State(state.step + 1, *new), {"loss": loss, "grad_norm": norm, "skipped": ~fine}
+def _found(loss_scale: LossScale | None, found: Callable, state: State, batch) -> Found:
+    """The first half of a step alone, its gradients unscaled; a state without an optimizer has the first scale."""
+    scale = scaling.scale_of(loss_scale, state.opt)
+    new = Found(*found(state.params, state.extra, state.comm, batch, scale, state.step))
+    return new._replace(gradients=scaling.unscaled(loss_scale, new.gradients, state.opt))
 
 
 def traced(parts: Parts):
@@ -158,24 +142,26 @@ def traced(parts: Parts):
     if "parameters" in parts.offload:  # they are typed with the memory that they lie in
         places = offload.resting(meshes.shardings(mesh, _specs(parts)[0]), state.params)
         state = state._replace(params=jax.tree.map(_struct, state.params, places))
-    closed = jax.make_jaxpr(found)(state.params, state.extra, state.comm, _batch_shapes(parts), state.step)
+    scale = jax.eval_shape(partial(scaling.scale_of, parts.loss_scale), state.opt)
+    closed = jax.make_jaxpr(found)(state.params, state.extra, state.comm, _batch_shapes(parts), scale, state.step)
     return compat.without_dead_code(closed.jaxpr)
 
 
 def _gradients(parts: Parts, settings: Settings, spread: Callable) -> Callable:
-    """`found(params, extra, comm, batch, step)`, a `Found` as a tuple, on global arrays; the rest as of `Partition`."""
+    """`found(params, extra, comm, batch, scale, step)`, a `Found` as a tuple, on global arrays."""
     model, placement, whole = parts.model, parts.settings.placement, PartitionSpec()
     params, moments, extra = _specs(parts)
     comm = jax.tree.map(lambda _: whole, jax.eval_shape(partial(_born, parts), 0).comm)
 
     @partial(
         spread,
-        in_specs=(params, extra, comm, _batch_specs(placement, parts), whole),
+        in_specs=(params, extra, comm, _batch_specs(placement, parts), whole, whole),
         out_specs=(whole, moments, extra, comm),
     )
-    def found(params, extra, comm, batch, step):
+    def found(params, extra, comm, batch, scale, step):
         key = jax.random.fold_in(jax.random.key(np.uint32(parts.seed)), step)
-        return tuple(gradients(model, parts.pipeline, settings, parts.reducer, (params, extra, comm), batch, key))
+        state = params, extra, comm
+        return tuple(gradients(model, parts.pipeline, settings, parts.reducer, state, batch, key, scale))
 
     return found
 
@@ -205,7 +191,8 @@ def _struct(leaf, sharding):
 
 
 def _state(parts: Parts, params, extra) -> State:
-    return State(jnp.int32(0), params, extra, parts.optimizer.init(params), parts.reducer.init(params))
+    at_rest = master.resting(parts.master, params)
+    return State(jnp.int32(0), at_rest, extra, parts.optimizer.init(params), parts.reducer.init(params))
 
 
 def _stream(parts: Parts, mesh: Mesh, words: State, specs: State) -> Descent | None:

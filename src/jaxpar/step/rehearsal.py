@@ -27,12 +27,14 @@ class Manner(NamedTuple):
         storage: what F keeps for B: `recompute` or `residual`.
         examples: of one microbatch, over all devices.
         loss: `loss(ctx, logits, labels)`: the device's part of the mean loss.
+        scale: what the backward pass begins with.
     """
 
     learn: bool
     storage: str
     examples: int
     loss: Callable
+    scale: Any = 1.0
 
 
 def score(table: Timetable, cut: Sequence[Stage], settings: Settings, manner: Manner, local: tuple) -> Score:
@@ -49,7 +51,7 @@ def score(table: Timetable, cut: Sequence[Stage], settings: Settings, manner: Ma
     settings = settings._replace(unroll=True) if split else settings  # a scan finds both gradients at once
     boundary, takes, loss = _walk(cut, settings, manner, local)
     roles, role_of = _roles(cut, takes)
-    empty = Score(table, tuple(cut), roles, role_of, ({},) * len(roles), boundary, loss)
+    empty = Score(table, tuple(cut), roles, role_of, ({},) * len(roles), boundary, loss, manner.scale)
     works = []
     for number, role in enumerate(roles):
         forward = pieces.forward_of(role, settings, boundary, manner.examples, manner.loss)

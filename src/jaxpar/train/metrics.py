@@ -34,8 +34,12 @@ def book(write: Callable[[dict], None], lines: list[dict], recipe: Recipe, run: 
     """An open book.
 
     A step is written down while the next one runs: fetching its loss at once would leave the devices idle between two
-    steps. A step whose loss or gradients were no numbers has changed nothing (`step/program.py`); its line has
-    `"loss": null` and under `skipped` how many there were in a row.
+    steps. A step whose loss or gradients were no numbers has changed nothing (`step/update.py`); its line has null for
+    them, under `skipped` how many there were in a row, and under `skipped_total` how many in all.
+
+    Where gradients are scaled each line has the `loss_scale` of its step. One that was skipped for gradients alone, and
+    for which a scale above 1 fell, has `lowered`: it is not counted against `skip_limit`, since a scale that is too
+    large, as the first one may well be, is found by trying. That ends by itself, as the scale falls each time.
 
     Args:
         write: takes each new line.
@@ -44,29 +48,31 @@ def book(write: Callable[[dict], None], lines: list[dict], recipe: Recipe, run: 
         run: for the learning rates, what a step does, and the seconds of compiling, which are on the first new line.
 
     Raises:
-        NonFinite: by `step` or `settle`, after `recipe.skip_limit` steps in a row that changed nothing.
+        NonFinite: by `step` or `settle`, after `recipe.skip_limit` steps in a row that changed nothing and count.
     """
     waiting, lines = [], list(lines)
     ended, once = -math.inf, {"compile_s": round(run.seconds, 3)}
     lost = sum("skipped" in line for line in lines)  # updates that the schedule has not seen
-    skipped = next((line.get("skipped", 0) for line in reversed(lines) if "loss" in line), 0)
+    skipped, counted = _in_a_row(lines)
 
     def put(line: dict) -> None:
         lines.append(line)
         write(line)
 
     def finish(number: int, found, began: float, fed: float) -> None:
-        nonlocal ended, once, skipped, lost
+        nonlocal ended, once, skipped, counted, lost
         values = {name: float(value) for name, value in jax.device_get(found).items()}  # waits for that step
         seconds = -max(began, ended) + (ended := time.perf_counter())
-        skipped = skipped + 1 if values.pop("skipped") else 0
+        skipped, lowered = skipped + 1 if values.pop("skipped") else 0, bool(values.pop("lowered", 0))
+        counted = counted + (not lowered) if skipped else 0
         line = {"step": number} | {name: _or_null(value) for name, value in values.items()}
-        line |= {"skipped": skipped} if skipped else {}
+        line |= {"skipped": skipped, "skipped_total": lost + 1} if skipped else {}
+        line |= {"lowered": True} if lowered else {}
         line |= {"learning_rate": float(f"{run.rate(number - 1 - lost):.6g}")} | run.speed(seconds)
         line |= {"step_ms": round(seconds * 1e3, 3), "data_ms": round((fed - began) * 1e3, 3)}
         put(line | once)
         once, lost = {}, lost + bool(skipped)
-        if skipped >= recipe.skip_limit:
+        if counted >= recipe.skip_limit and not lowered:
             raise NonFinite(_told(number, values, skipped))
 
     def step(number: int, found, began: float, fed: float) -> None:
@@ -85,6 +91,16 @@ def book(write: Callable[[dict], None], lines: list[dict], recipe: Recipe, run: 
     return Book(step, settle, held_out, lines)
 
 
+def _in_a_row(lines: list[dict]) -> tuple[int, int]:
+    """How many steps were skipped in a row up to the last one, and how many of them count."""
+    skipped = counted = 0
+    for line in reversed([line for line in lines if "loss" in line]):
+        if "skipped" not in line:
+            break
+        skipped, counted = skipped + 1, counted + ("lowered" not in line)
+    return skipped, counted
+
+
 def _or_null(value: float) -> float | None:
     """JSON has no word for what is no number."""
     return value if math.isfinite(value) else None
@@ -92,6 +108,7 @@ def _or_null(value: float) -> float | None:
 
 def _told(number: int, values: dict[str, float], skipped: int) -> str:
     wrong = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
+    wrong += f" under loss_scale = {values['loss_scale']:g}" if "loss_scale" in values else ""
     return (
         f"step {number}: {wrong}. That was update {skipped} in a row that was skipped for it, so the run was stopped. "
         "Look at the data of these steps; try a lower learning_rate, a longer warmup, a smaller clip, precision=fp32, "

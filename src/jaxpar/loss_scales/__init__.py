@@ -1,0 +1,1 @@
+"""Loss scales: what gradients are multiplied by on their way back."""
