@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from harness import SMALL, recipe_of, run
-from parity import assert_equal
 
 from jaxpar.core import chunked, family
 from jaxpar.core.formats import FORMATS, nearest
@@ -93,16 +92,13 @@ def test_the_noise_of_activations_and_errors_has_no_mean():
         assert np.all(np.abs(np.asarray(got).mean(0) - want) < 5 * error + 1e-6) and np.all(error > 0)
 
 
-def gradients(name, plan):
-    """Loss and gradients of the small MLP, of which two layers run in a scan wherever weights are split."""
-    ran = run(recipe_of(SMALL["mlp"], f"{plan},precision={name}"))
-    return {"loss": ran.loss, "gradients": ran.gradients}
-
-
 def test_random_bits_are_those_of_one_device_on_any_layout():
-    """So different only by what rounds differently: hardly anything, where sums are float32."""
-    want = gradients("fp8_mixed", "data=1")
-    assert_equal(gradients("fp8_mixed", "tensor=two_d:2x2,microbatches=2"), want, tolerance=1e-4)
+    """So hardly an entry differs; two layers run in a scan where weights are split, and one by one on one device."""
+    plans = ("data=1", "tensor=two_d:2x2,microbatches=2")
+    want, got = (run(recipe_of(SMALL["mlp"], f"{plan},precision=fp8_mixed")) for plan in plans)
+    assert got.loss == pytest.approx(want.loss, rel=1e-6)
+    for one, other in zip(*map(jax.tree.leaves, (got.gradients, want.gradients)), strict=True):
+        assert np.mean(abs(one - other) > 1e-5 * np.max(abs(other))) < 0.01
 
 
 @pytest.mark.slow
