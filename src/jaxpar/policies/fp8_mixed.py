@@ -25,6 +25,7 @@ def fp8_mixed() -> Policy:
         gradients of weights are rounded to e5m2, to nearest, as they go to the optimizer: before, they are summed over
         devices and microbatches in float32;
         what is no product with a weight is float32, attention's products too; rows of the token table are as they rest;
+        in a loop over time every step draws the same bits, so a recurrent model's noise is correlated over time;
         what is added to the parameters is rounded stochastically, unless `rounding=nearest`.
 
     Source: Mellempudi et al. 2019, arXiv:1905.12334, section 3.
