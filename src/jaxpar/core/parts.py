@@ -66,6 +66,14 @@ def residual(parts: dict[str, Layer]) -> Layer:
     return body._replace(apply=apply, parts=())
 
 
+def broadened(y, row):
+    """y plus what is broadcast over its rows, such as a bias; rounded once, to the dtype of y.
+
+    So the gradient of `row`, a sum over rows, is added up in the dtype of `row`, whatever the policy's.
+    """
+    return (y.astype(jnp.result_type(y, row)) + row).astype(y.dtype)
+
+
 def function(apply: Callable) -> Layer:
     """A layer without parameters from `apply(x, ctx) -> y`."""
 
