@@ -80,6 +80,8 @@ class Policy(NamedTuple):
             those of convolutions.
         draws: whether `enter` rounds stochastically, by `Site.bits`.
         matrices: whether convolutions are to be products of matrices as well, made of patches.
+        gradient: `gradient(a, dims)`: the gradient of a parameter as the optimizer gets it, once it is summed over
+            devices and microbatches; `dims` are the words of the parameter. None for what the sums are, float32.
         history: `history() -> tree`: what delayed scaling begins with, for one operand; None if nothing is kept.
         loss_scale: what `loss_scale=auto` means: text of the recipe's field.
         master: what `master=auto` means: in which format the parameters rest between steps.
@@ -94,6 +96,7 @@ class Policy(NamedTuple):
     dot: Callable
     draws: bool = False
     matrices: bool = False
+    gradient: Callable | None = None
     history: Callable | None = None
     loss_scale: str = "none"
     master: str = "fp32"

@@ -51,7 +51,9 @@ class Context(NamedTuple):
 
     Attributes:
         dot: `dot(x, w, "embed mlp")`: x times w; with tuples of weights and dims, several products that share x.
-        conv: `conv(x, w, "embed channels", strides=1)`: the same for kernels `w[height, width, in, out]`, zero-padded
+        einsum: `einsum("bqhd,bkhd->bhqk", a, b)`: the product of two activations in the dtype they come in, none of
+            whose dims that are summed is split; the result is float32.
+        conv: `conv(x, w, "embed channels", strides=1)`: as `dot`, for kernels `w[height, width, in, out]`, zero-padded
             to keep size / strides.
         mean: `mean(x, "embed", over="embed")`: mean over whole dims, kept as dims of size 1.
         lookup: `lookup(table, ids)`: rows of `table["vocab embed"]`.
@@ -67,6 +69,7 @@ class Context(NamedTuple):
     """
 
     dot: Callable
+    einsum: Callable
     conv: Callable
     mean: Callable
     lookup: Callable

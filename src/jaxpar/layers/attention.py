@@ -48,7 +48,7 @@ def attention(
         serving = _serving(ctx, q_bshd.shape[2], k_bshd.shape[2], heads // kv_heads)
         if serving is not None:
             k_bshd, v_bshd = (jnp.take(y, serving, axis=2) for y in (k_bshd, v_bshd))
-        y = _attend(q_bshd, k_bshd, v_bshd, lambda a: ctx.dropout(a, dropout, "attention", "batch heads - -"))
+        y = _attend(ctx, q_bshd, k_bshd, v_bshd, lambda a: ctx.dropout(a, dropout, "attention", "batch heads - -"))
         y = checkpoint_name(y.reshape(*y.shape[:2], -1), "attention")
         y = ctx.dot(y, params["out"]["weight"], PROJECTIONS["out"])
         return checkpoint_name(y + params["out"]["bias"].astype(y.dtype) if bias else y, "out"), extra
@@ -65,12 +65,10 @@ def _serving(ctx, q_heads: int, kv_heads: int, group: int):
     return q // group - ctx.start("kv_heads", kv_heads)
 
 
-def _attend(q_bqhd, k_bkhd, v_bkhd, drop):
+def _attend(ctx, q_bqhd, k_bkhd, v_bkhd, drop):
     """Softmax in float32 over the positions up to each query's own."""
-    scores = (
-        jnp.einsum("bqhd,bkhd->bhqk", q_bqhd, k_bkhd, preferred_element_type=jnp.float32) * q_bqhd.shape[-1] ** -0.5
-    )
+    scores = ctx.einsum("bqhd,bkhd->bhqk", q_bqhd, k_bkhd) * q_bqhd.shape[-1] ** -0.5
     visible = jnp.tril(jnp.ones(scores.shape[-2:], bool))
     scores = jnp.where(visible, checkpoint_name(scores, "scores"), -jnp.inf)
     weights = drop(checkpoint_name(jax.nn.softmax(scores, axis=-1), "weights"))
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v_bkhd.dtype), v_bkhd)
+    return ctx.einsum("bhqk,bkhd->bqhd", weights.astype(v_bkhd.dtype), v_bkhd).astype(v_bkhd.dtype)

@@ -98,6 +98,35 @@ def patched(strides: int) -> Bilinear:
     return Bilinear(forward, by_x, by_w)
 
 
+def einsum(dims: str, a, b):
+    """`Context.einsum`: products of activations accumulate in float32; their gradients are rounded as they are.
+
+    So on the way back as on the way forward both operands have the dtype of activations.
+
+    Args:
+        dims: as of `jnp.einsum`, with two operands.
+        a, b: of one dtype.
+    """
+
+    def multiply(a, b, dtype=None):
+        return jnp.einsum(dims, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+    @jax.custom_vjp
+    def product(a, b):
+        return multiply(a, b, jnp.float32)
+
+    def backward(kept, gradient):
+        a, b = kept
+        gradient = gradient.astype(a.dtype)
+        return (
+            _transposed(lambda a: multiply(a, b), jax.typeof(a), gradient),
+            _transposed(lambda b: multiply(a, b), jax.typeof(b), gradient),
+        )
+
+    product.defvjp(lambda a, b: (product(a, b), (a, b)), backward)
+    return product(a, b)
+
+
 def _transposed(linear: Callable, like, cotangent):
     """The cotangent of what `linear` takes, an array like `like` in the dtype of the cotangent of what it gives."""
     axes = compat.varying_axes(cotangent)

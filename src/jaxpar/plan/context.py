@@ -10,6 +10,7 @@ from jaxpar.core import compat
 from jaxpar.core.scheme import Axes
 from jaxpar.core.types import Context
 from jaxpar.plan import layout, remat
+from jaxpar.plan.bilinear import einsum
 from jaxpar.plan.draws import counters, offset
 from jaxpar.plan.offload import any_hosted, brought
 from jaxpar.plan.product import Settings, conv_of, dot_of, hold_of, local_ids, lookup_of
@@ -20,6 +21,7 @@ def context(settings: Settings) -> Context:
     """The Context of one device for one microbatch."""
     return Context(
         dot=dot_of(settings),
+        einsum=einsum,
         conv=conv_of(settings),
         mean=_mean(settings),
         lookup=lookup_of(settings),

@@ -81,6 +81,8 @@ def gradients(
     manner = Manner(True, pipeline.storage, _examples(settings, batch), loss, 1.0 if scale is None else scale)
     done = _played(model, pipeline, settings._replace(key=key), manner, (entered, extra, batch))
     found, comm = reducer.reduce(_summed(model, pipeline, done.total), comm, partial(zero.summed, settings))
+    if settings.policy.gradient:
+        found = jax.tree.map(settings.policy.gradient, found, model.dims[0])
     new = _from_owners(model, pipeline, done.extra)
     return Found(lax.psum(done.loss, compat.varying_axes(done.loss)), found, new, comm)
 
