@@ -8,6 +8,7 @@ import pytest
 
 from experiments import (
     accumulation,
+    loss_scaling,
     memory,
     memory_depth,
     memory_layer,
@@ -271,8 +272,11 @@ def test_accumulation_sticks_where_the_paper_says(tmp_path, monkeypatch, capsys)
         accumulation.main(accumulation.Options(count=1))
 
 
-def test_rounding_stalls_to_nearest_and_trains_at_random(tmp_path, capsys):
-    rounding.main(rounding.Options("t", str(tmp_path), formats="e5m2", steps=40))
+@pytest.mark.slow
+def test_rounding_stalls_to_nearest_and_trains_at_random(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rounding, "BASE", replace(rounding.BASE, model=Model("mlp", layers=1, width=16)))
+    monkeypatch.setattr(rounding, "POINTS", 1)
+    rounding.main(rounding.Options("t", str(tmp_path), formats="e5m2", steps=60))
     rows = json.loads((tmp_path / "t" / "table.json").read_text())["rows"]
     exact, nearest, stochastic = (row["held_out"][-1][1] for row in rows)
     assert nearest > 2.2 and abs(stochastic - exact) < 0.3 * (nearest - exact)
@@ -281,3 +285,30 @@ def test_rounding_stalls_to_nearest_and_trains_at_random(tmp_path, capsys):
     assert "e5m2" in capsys.readouterr().out
     with pytest.raises(Refused, match=r"formats = fp17.*\n.*steps = 0"):
         rounding.main(rounding.Options(formats="fp17,bf16", steps=0))
+
+
+def test_loss_scaling_sinks_where_batches_are_spoiled():
+    row = loss_scaling.trained("e5m2", "dynamic", "spoiled", loss_scaling.Options(steps=20))
+    assert row["skipped"] == 2 and row["scales"] == [65536.0] * 8 + [32768.0] * 8 + [16384.0] * 4
+    assert [step for step, loss in enumerate(row["curve"]) if loss is None] == [7, 15] and 0 < row["accuracy"] < 1
+    true = {"now": np.geomspace(1e-9, 1e-3, 1000, dtype=np.float32)}
+    shares = [loss_scaling.flushed(true, scale)["now"] for scale in loss_scaling.STATIC]
+    assert shares[0] == 1 and shares[-1] < 0.05 and shares == sorted(shares, reverse=True)
+    with pytest.raises(Refused, match=r"steps = 1: must be from 20"):
+        loss_scaling.main(loss_scaling.Options(steps=1))
+
+
+@pytest.mark.slow
+def test_loss_scaling_shows_what_is_claimed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loss_scaling, "STATIC", (0.001, 1.0, 10000.0))
+    loss_scaling.main(loss_scaling.Options("t", str(tmp_path), steps=160))
+    rows = json.loads((tmp_path / "t" / "table.json").read_text())["rows"]
+    by = {(row["data"], row["loss_scale"].partition("+")[0].partition(":i")[0]): row for row in rows}
+    exact, low, high = (by["digits", f"{one}"] for one in ("none", "static:0.001", "static:10000"))
+    assert low["loss"] > 2.2 and high["loss"] < 2 * exact["loss"] + 0.05
+    for moment, share in low["flushed"].items():
+        assert share >= by["digits", "static:1"]["flushed"][moment] >= high["flushed"][moment]
+    sunk, floored = (by["spoiled", name] for name in ("dynamic", "enhanced"))
+    assert sunk["scales"][-1] < 1 and floored["scales"][-1] == 32768 and sunk["skipped"] == floored["skipped"] == 20
+    assert (tmp_path / "t" / "loss_scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert "enhanced" in capsys.readouterr().out
