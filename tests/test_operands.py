@@ -4,10 +4,12 @@ import importlib.util
 from collections import Counter
 
 import pytest
+from harness import SMALL, built, recipe_of, variant
 
 from benchmarks import precision
 from jaxpar import Model
-from jaxpar.report import operands
+from jaxpar.plan.wire import cost_of
+from jaxpar.report import account, hlo, operands
 from jaxpar.report.operands import Product
 
 LIBTPU = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs jaxpar[aot-tpu]")
@@ -56,6 +58,26 @@ def test_products_are_told_by_what_is_multiplied():
         ["forward", E4M3, "x", E4M3, "1", "__cublas$lt$matmul$f8"],
         ["backward", E5M2, "x", E4M3, "1", "triton"],
     ]
+
+
+def gathered(plan):
+    """Bytes of gathers by mesh axes, predicted and in the compiled program, of a model without a table."""
+    parts, made = built(recipe_of(variant(SMALL["mlp"], layers=1, width=16, hidden=16), plan))
+    text = made.gradients.lower(made.shapes._replace(opt=(), comm={}), made.batch).compile().as_text()
+    both = cost_of(account.gradient_lines(parts)).sent, hlo.count(text, dict(made.mesh.shape)).sent
+    return [{axes: sent for (axes, kind), sent in one.items() if kind == "all_gather"} for one in both]
+
+
+PLANS = ("two_d:2x2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("three_d:2x2x2", "fsdp:4", "one_d:2")))
+
+
+@pytest.mark.parametrize("tensor", PLANS)
+@pytest.mark.parametrize("policy", ["fp8_current", pytest.param("fp8_delayed", marks=pytest.mark.slow)])
+def test_operands_travel_in_8_bits(policy, tensor):
+    predicted, sent = gathered(f"tensor={tensor},precision={policy}")
+    twice, _ = gathered(f"tensor={tensor},precision=bf16")
+    assert sent == predicted, "XLA for CPU would send float8 as float16, but sends bits as they are"
+    assert predicted == {axes: size / 2 for axes, size in twice.items()}, "half of bfloat16"
 
 
 def compiled(policy, word, extra):
