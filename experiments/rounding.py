@@ -12,7 +12,7 @@ with 8 bits behind the point nearest fails and stochastic trains, with 14 both d
 (arXiv:1812.08011, section 2.4: nearest updates cost accuracy, stochastic ones none); those of 8 bits go further than
 either paper.
 
-A minute or two on 2 idle cores.
+Two minutes on 2 idle cores.
 
     python -m experiments.rounding
     python -m experiments.rounding --steps 2000 --learning-rate 3e-4 --name slow
@@ -83,7 +83,8 @@ def trained(name: str, stochastic: bool, options: Options) -> dict:
     parts = parts._replace(optimizer=optax.chain(parts.optimizer, rounded(fmt, stochastic, options.seed)))
     made = program(parts)
     state = made.init()
-    state = state._replace(params=jax.tree.map(lambda leaf: formats.nearest(leaf, fmt), state.params))
+    on_grid = jax.jit(lambda params: jax.tree.map(lambda leaf: formats.nearest(leaf, fmt), params))
+    state = state._replace(params=on_grid(state.params))
     held_out = [made.place(dataset.held_out(i)) for i in range(dataset.held_out_batches)]
 
     def weights() -> np.ndarray:
@@ -143,6 +144,8 @@ def picture(path: Path, rows: list[dict]) -> Path:
         losses.plot(*zip(*row["held_out"], strict=True), **look, label=label)
         moved.plot(*zip(*row["moved"], strict=True), **look)
     losses.set(xlabel="step", ylabel="held-out loss, nats", yscale="log")
+    losses.set_yticks([0.3, 0.5, 1, 2], ["0.3", "0.5", "1", "2"])
+    losses.yaxis.minorticks_off()
     losses.set_title("weights rounded to nearest (dotted) and stochastically", loc="left", fontsize=10)
     losses.legend(frameon=False, fontsize=8)
     moved.set(xlabel="step", ylabel="share of weights that a step moves", ylim=(-0.02, 1.02))

@@ -15,6 +15,8 @@ from experiments import (
     memory_trade,
     pipeline_bubbles,
     pipeline_memory,
+    precision,
+    precision_gradients,
     rounding,
     scaling,
     tensor_parallel,
@@ -193,6 +195,29 @@ def test_zero_makes_the_table_of_its_paper(tmp_path, capsys, monkeypatch):
         zero.main(zero.Options("u", str(tmp_path), devices=1))
 
 
+def test_precision_tells_what_a_policy_loses(tmp_path, capsys, monkeypatch):
+    base = replace(precision.BASES["digits"], model=Model("mlp", layers=1, width=16))
+    monkeypatch.setattr(precision, "BASES", {"digits": base})
+    monkeypatch.setattr(precision, "OTHERS", {"fp16, scale 2^-20": ("fp16", f"static:{2.0**-20}")})
+    made = precision.Options("t", str(tmp_path), policies="fp16,fp32", steps=20, repeats=1)
+    precision.main(made)
+    found = json.loads((tmp_path / "t" / "table.json").read_text())
+    rows = {row["case"]: row for row in found["rows"]}
+    assert list(rows) == ["fp32", "fp16", "fp16, scale 2^-20"]
+    assert all(row["losses"][-1] < row["losses"][0] and row["steps"] == 20 for row in list(rows.values())[:2])
+    assert rows["fp32"]["flushed"] == {"activation": 0, "weight": 0} and rows["fp32"]["times"] == 1
+    assert rows["fp16"]["held_out"] == pytest.approx(rows["fp32"]["held_out"], rel=1e-2)
+    assert rows["fp16"]["flushed"]["activation"] < 0.01 < 0.5 < rows["fp16, scale 2^-20"]["flushed"]["activation"]
+    below = precision_gradients.below(found["gradients"]["digits"]["activation"], -4)
+    shares = found["gradients"]["digits"]["weight"]
+    assert sum(share for _, share in shares["shares"]) + shares["zero"] == pytest.approx(1) and 0 < below <= 1
+    assert (tmp_path / "t" / "precision.png").read_bytes().startswith(b"\x89PNG")
+    assert "about 0 s left" in capsys.readouterr().err
+    wrong = replace(made, policies="fp16,fp61", steps=1)
+    with pytest.raises(Refused, match=r"policies = fp61.*\n.*compared with fp32.*\n.*steps = 1"):
+        precision.main(wrong)
+
+
 def test_memory_tells_laws_of_growth_apart():
     for p in (0.5, 1, 2):
         found = memory_depth.law([(depth, round(3e6 + 1e6 * depth**p)) for depth in (4, 16, 64, 256)])
@@ -247,8 +272,11 @@ def test_accumulation_sticks_where_the_paper_says(tmp_path, monkeypatch, capsys)
         accumulation.main(accumulation.Options(count=1))
 
 
-def test_rounding_stalls_to_nearest_and_trains_at_random(tmp_path, capsys):
-    rounding.main(rounding.Options("t", str(tmp_path), formats="e5m2", steps=40))
+@pytest.mark.slow
+def test_rounding_stalls_to_nearest_and_trains_at_random(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rounding, "BASE", replace(rounding.BASE, model=Model("mlp", layers=1, width=16)))
+    monkeypatch.setattr(rounding, "POINTS", 1)
+    rounding.main(rounding.Options("t", str(tmp_path), formats="e5m2", steps=60))
     rows = json.loads((tmp_path / "t" / "table.json").read_text())["rows"]
     exact, nearest, stochastic = (row["held_out"][-1][1] for row in rows)
     assert nearest > 2.2 and abs(stochastic - exact) < 0.3 * (nearest - exact)

@@ -13,8 +13,6 @@ from jax import lax
 from jaxpar.core import compat
 from jaxpar.core.formats import Format, nearest
 
-UNROLLED = 8  # additions in one kernel: on a CPU the sums then stay in registers meanwhile
-
 
 def total(x, chunk: int, fmt: Format):
     """Sums over the last dim, in order.
@@ -59,11 +57,11 @@ def _chunked(term: Callable, operands: tuple, shape: tuple[int, ...], chunk: int
     axes = sorted({axis for a in operands for axis in compat.varying_axes(a)})
     zero = compat.vary(jnp.zeros(shape, jnp.float32), axes)
 
-    def add(total, rows):
+    def add(total, rows):  # one at a time: XLA for CPU makes slower kernels of several
         return nearest(total + term(*rows), fmt, saturate=False), None
 
     def add_chunk(total, rows):
-        return nearest(total + lax.scan(add, zero, rows, unroll=min(UNROLLED, chunk))[0], fmt, saturate=False), None
+        return nearest(total + lax.scan(add, zero, rows)[0], fmt, saturate=False), None
 
     def cut(a):  # zeros at the end change no sum
         a = jnp.pad(a, ((0, -count % chunk), *[(0, 0)] * (a.ndim - 1)))

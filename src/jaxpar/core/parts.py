@@ -27,10 +27,10 @@ def chain(parts: dict[str, Layer], reads: dict[str, str] | None = None) -> Layer
 
     Args:
         parts: layers by name, in order.
-        reads: for a part without parameters and state of its own, the name of the part whose parameters it reads.
+        reads: for a part without parameters of its own, the name of the part whose parameters it reads.
     """
     reads = reads or {}
-    init, dims = join({name: part for name, part in parts.items() if name not in reads})
+    init, dims = _read(parts, reads)
     links = tuple(Part(name, part, reads.get(name, name)) for name, part in parts.items())
 
     def apply(params, extra, x, ctx):
@@ -43,6 +43,18 @@ def chain(parts: dict[str, Layer], reads: dict[str, str] | None = None) -> Layer
     return Layer(init, apply, dims, parts=links)
 
 
+def _read(parts: dict[str, Layer], reads: dict[str, str]) -> tuple[Callable, tuple[Tree, Tree]]:
+    """`join` where some parts have at most state of their own."""
+    own, (params_dims, extra_dims) = join({name: part for name, part in parts.items() if name not in reads})
+    states, (_, more) = join({name: parts[name] for name in reads if parts[name].dims[1]})
+
+    def init(key):
+        params, extra = own(key)
+        return params, extra | states(key)[1]
+
+    return init, (params_dims, extra_dims | more)
+
+
 def residual(parts: dict[str, Layer]) -> Layer:
     """x plus what the chain of `parts` makes of it."""
     body = chain(parts)
@@ -52,6 +64,14 @@ def residual(parts: dict[str, Layer]) -> Layer:
         return x + y.astype(x.dtype), extra
 
     return body._replace(apply=apply, parts=())
+
+
+def broadened(y, row):
+    """y plus what is broadcast over its rows, such as a bias; rounded once, to the dtype of y.
+
+    So the gradient of `row`, a sum over rows, is added up in the dtype of `row`, whatever the policy's.
+    """
+    return (y.astype(jnp.result_type(y, row)) + row).astype(y.dtype)
 
 
 def function(apply: Callable) -> Layer:

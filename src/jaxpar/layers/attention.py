@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpar.core.parts import normal
+from jaxpar.core.parts import broadened, normal
 from jaxpar.core.types import Layer
 
 PROJECTIONS = {"query": "embed heads", "key": "embed kv_heads", "value": "embed kv_heads", "out": "heads embed"}
@@ -42,7 +42,7 @@ def attention(
     def apply(params, extra, x, ctx):
         names = ("query", "key", "value")
         projected = ctx.dot(x, tuple(params[n]["weight"] for n in names), tuple(PROJECTIONS[n] for n in names))
-        biased = [y + params[n]["bias"].astype(y.dtype) if bias else y for n, y in zip(names, projected, strict=True)]
+        biased = [broadened(y, params[n]["bias"]) if bias else y for n, y in zip(names, projected, strict=True)]
         kept = [checkpoint_name(y, name) for name, y in zip(names, biased, strict=True)]
         q_bshd, k_bshd, v_bshd = (y.reshape(*y.shape[:2], -1, size) for y in kept)
         serving = _serving(ctx, q_bshd.shape[2], k_bshd.shape[2], heads // kv_heads)
@@ -51,7 +51,7 @@ def attention(
         y = _attend(ctx, q_bshd, k_bshd, v_bshd, lambda a: ctx.dropout(a, dropout, "attention", "batch heads - -"))
         y = checkpoint_name(y.reshape(*y.shape[:2], -1), "attention")
         y = ctx.dot(y, params["out"]["weight"], PROJECTIONS["out"])
-        return checkpoint_name(y + params["out"]["bias"].astype(y.dtype) if bias else y, "out"), extra
+        return checkpoint_name(broadened(y, params["out"]["bias"]) if bias else y, "out"), extra
 
     dims = {n: {"weight": d} | ({"bias": d.split()[1]} if bias else {}) for n, d in PROJECTIONS.items()}
     return Layer(init, apply, dims=(dims, {}))

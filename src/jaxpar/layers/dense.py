@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core import compat
-from jaxpar.core.parts import normal
+from jaxpar.core.parts import broadened, normal
 from jaxpar.core.refuse import Problem, Refused, near_miss
 from jaxpar.core.types import Layer
 
@@ -31,7 +31,7 @@ def activation(name: str):
 
 def add_bias(y, params):
     """y plus the bias, if there is one, in the dtype of y."""
-    return y + params["bias"].astype(y.dtype) if "bias" in params else y
+    return broadened(y, params["bias"]) if "bias" in params else y
 
 
 def dense(into: int, out: int, dims: str, *, bias: bool = True, deviation: float | None = None) -> Layer:

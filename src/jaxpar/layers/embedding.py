@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpar.core.parts import chain, normal
+from jaxpar.core.parts import broadened, chain, normal
 from jaxpar.core.types import Layer
 
 MASKED = -1e30  # the logit of a class that does not exist: its probability is exactly 0 in float32
@@ -40,7 +40,7 @@ def positions(context: int, width: int, deviation: float = 0.02) -> Layer:
                 f"x has {count} positions, but model.context = {context}; shorten x or raise model.context."
             )
         first = ctx.start("context", count, beside="embed")
-        return x + lax.dynamic_slice_in_dim(params["table"], first, count, 0).astype(x.dtype), extra
+        return broadened(x, lax.dynamic_slice_in_dim(params["table"], first, count, 0)), extra
 
     return Layer(init, apply, dims=({"table": "context embed"}, {}))
 

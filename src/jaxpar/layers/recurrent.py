@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpar.core.parts import normal
+from jaxpar.core.parts import broadened, normal
 from jaxpar.core.types import Layer
 
 GATES = ("reset", "update", "new")
@@ -43,7 +43,7 @@ def gru(width: int, hidden: int, *, bias: bool = True) -> Layer:
     def apply(params, extra, x, ctx):
         inputs = ctx.dot(x, tuple(params[f"{gate}_in"]["weight"] for gate in GATES), ("embed mlp",) * 3)
         if bias:
-            inputs = [y + params[f"{gate}_in"]["bias"].astype(y.dtype) for gate, y in zip(GATES, inputs, strict=True)]
+            inputs = [broadened(y, params[f"{gate}_in"]["bias"]) for gate, y in zip(GATES, inputs, strict=True)]
         inputs = [checkpoint_name(y, "inputs") for y in inputs]
         held = [ctx.hold(params[f"{gate}_hidden"]["weight"], "mlp mlp") for gate in GATES]
         biases = [ctx.hold(params[f"{gate}_hidden"]["bias"], "mlp") if bias else 0.0 for gate in GATES]

@@ -170,6 +170,34 @@ def of_model(placement: Placement, dims, shapes, counts: Mapping[str, int]) -> I
         )
 
 
+def of_blocks(placement: Placement, dims, shapes, block: int) -> Iterator[Problem]:
+    """Whether devices hold whole blocks of the features of products that share a scale, or all one block.
+
+    Args:
+        placement: where parameters lie.
+        dims: tree of dim strings of the parameters.
+        shapes: tree like it, whose leaves have a shape.
+        block: `Policy.block`: features in a row; the head, whose columns are the vocabulary, has none.
+    """
+    found = {}
+    for words, leaf in zip(jax.tree.leaves(dims), jax.tree.leaves(shapes), strict=True):
+        named = words.split()[-2:]
+        if len(named) < 2 or "vocab" in named or set(named) & {"layers", *layout.ROWS}:
+            continue
+        for word, own, count in zip(named, layout.weight(placement, words)[-2:], leaf.shape[-2:], strict=True):
+            for axes in (own, layout.features(placement, word)):
+                parts = layout.size(placement.scheme, axes)
+                if parts > 1 and count > block and count % (parts * block):
+                    key = (FIELD.get(word, "model.width"), count)
+                    found[key] = max(found.get(key, (1, (), "")), (parts, axes, word))
+    for (field, count), (parts, axes, word) in found.items():
+        rule = (
+            f"makes {count} entries of `{word}`, of which each block of {block} shares a scale: {parts} devices, over "
+            f"{shown(placement.scheme, axes)}, must each hold whole blocks."
+        )
+        yield Problem(field, count, rule, f"{multiples(count, parts * block)}; or at most {block}, one block for all")
+
+
 def of_heads(width: int | None, heads: int | None, kv_heads: int | None) -> Iterator[Problem]:
     """Whether heads divide the width and key-value heads the heads; None is not checked."""
     if width and heads and width % heads:

@@ -83,35 +83,36 @@ def contract(settings, form: Bilinear, ways: list[Way], x, weights: tuple, histo
         return policy.enter(a, site(_drawing(settings, draw), way, role, number, a, history.get(role)))
 
     def local(x, weights, histories, draw):
-        x_in, x_new = entered(x, ways[0], "activation", 0, histories[0] if histories else {}, draw)
+        x_in, x_seen = entered(x, ways[0], "activation", 0, histories[0] if histories else {}, draw)
         seen, results, kept = {}, [], []
         for number, (way, w, history) in enumerate(zip(ways, weights, histories, strict=True)):
             if way.shares not in seen:
                 seen[way.shares] = moved(way.x, x_in)
-            w_in, w_new = entered(w, way, "weight", number, history, draw)
+            w_in, w_seen = entered(w, way, "weight", number, history, draw)
             w_in = moved(way.w, w_in)
             results.append(way.y(form.forward(policy.dot, seen[way.shares], w_in)))
-            kept.append((w_in, w_new))
-        return results, (list(seen.values()), x_new, kept, histories, draw)
+            kept.append((w_in, w_seen))
+        return results, (list(seen.values()), x_seen, kept, histories, draw)
 
     @jax.custom_vjp
     def product(x, weights, histories, draw):
         return local(x, weights, histories, draw)[0]
 
     def backward(residuals, gradients):
-        seen, x_new, kept, histories, draw = residuals
+        seen, x_seen, kept, histories, draw = residuals
         order = list(dict.fromkeys(way.shares for way in ways))
         by_x, by_w, news = [None] * len(order), [], []
-        for number, (way, dy, (w_in, w_new), history) in enumerate(zip(ways, gradients, kept, histories, strict=True)):
-            dy_in, dy_new = entered(dy, way, "gradient", number, history, draw)
+        for number, (way, dy, (w_in, w_seen), history) in enumerate(zip(ways, gradients, kept, histories, strict=True)):
+            dy_in, dy_seen = entered(dy, way, "gradient", number, history, draw)
             dy_in, place = way.back(dy_in), order.index(way.shares)
             x_in = seen[place]
             dx = form.by_x(policy.dot, dy_in, w_in, jax.typeof(x_in.array))
             by_x[place] = dx if by_x[place] is None else by_x[place] + dx
             dw = form.by_w(policy.dot, x_in, dy_in, jax.typeof(w_in.array))
             by_w.append(_pulled(way.w, likes[1][number], dw))
-            new = {"activation": x_new, "weight": w_new, "gradient": dy_new}
-            news.append({role: jax.tree.map(_alike, new[role], old) for role, old in history.items()})
+            found = {"activation": x_seen, "weight": w_seen, "gradient": dy_seen}
+            new = {role: policy.remember(old, found[role]) for role, old in history.items()}
+            news.append(jax.tree.map(_alike, new, history))
         first = {way.shares: way.x for way in reversed(ways)}
         parts = [_pulled(first[shares], likes[0], dx) for shares, dx in zip(order, by_x, strict=True)]
         return sum(parts[1:], parts[0]), tuple(by_w), tuple(news), None

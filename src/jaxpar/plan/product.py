@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -148,11 +147,20 @@ def _way(settings: Settings, site: str, dims: str, one: Route, shared: Axes, *, 
         return wire.total(a, moves.total, f"y of {dims}")
 
     def back(dy: Operand) -> Operand:
-        for dim, axis in reversed(moves.scatter):
-            dy = moved(partial(_move, settings, gathers=((dim, axis),), keeps=(), site=f"y of {dims}"), dy)
+        for step in reversed(moves.scatter):
+            dy = moved(lambda a, along=None, step=step: _move(settings, a, (step,), (), f"y of {dims}", along), dy)
         return dataclasses.replace(dy, array=compat.vary(dy.array, moves.total))
 
-    return Way(dims, (one.x, one.w, one.y), x, w, y, back, (moves.gather_x, moves.keep_x))
+    lies = (one.x, _fetched(one) if held else one.w, one.y)
+    return Way(dims, lies, x, w, y, back, (moves.gather_x, moves.keep_x))
+
+
+def _fetched(one: Route) -> Layout:
+    """Where a weight lies once it is fetched."""
+    now = [[axis for axis in axes if (dim, axis) not in one.moves.gather_w] for dim, axes in enumerate(one.w)]
+    for dim, axis in one.moves.keep_w:
+        now[dim].append(axis)
+    return tuple(map(tuple, now))
 
 
 def _but(axes: Axes, *others: Axes) -> Axes:

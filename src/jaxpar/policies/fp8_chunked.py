@@ -18,12 +18,15 @@ def fp8_chunked() -> Policy:
     into the vocabulary. Convolutions are products of matrices made of patches, as the paper has them. Parameters rest
     in (1,6,9), and what is added to them is rounded stochastically; the loss is scaled by 1000.
 
+    So layouts that split rows alone agree within a few units of (1,6,9)'s last bit. Where devices share a contraction,
+    results differ in that bit, and the (1,5,2) operands made of them, now and then, by a quarter: hence the tolerance.
+
     What is too large: activations and weights saturate; gradients and sums become infinities, so the step is skipped.
 
     Other than in the paper:
         only the weight, and not momentum nor the term of the weight decay, is rounded after an update: the optimizer's
         own state is float32;
-        what is no product (norms, softmax, residual sums, biases) is float32;
+        what is no product with a weight (attention's products, norms, softmax, residual sums, biases) is float32;
         sums over devices and microbatches are float32, so where devices share a contraction, each has chunks of its
         own; bits between products (what travels as float32 of a (1,6,9) operand) are 32;
         rows of the token table are as they rest, and so (1,6,9);
@@ -39,12 +42,9 @@ def fp8_chunked() -> Policy:
         loss_scale="static:1000",
         master="fp169",
         dtype="fp169",
-        tolerance=TOLERANCE,
+        tolerance=3e-1,
         note=NOTE,
     )
-
-
-TOLERANCE = 1e-1
 
 
 def _enter(a, site: Site) -> tuple[Operand, None]:

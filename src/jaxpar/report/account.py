@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxpar.core import compat
 from jaxpar.core.cost import Cost
+from jaxpar.core.policy import plain
 from jaxpar.core.scheme import Axes
 from jaxpar.plan import layout, padding, zero
 from jaxpar.plan.layout import Placement
@@ -29,7 +30,8 @@ def gradient_lines(parts: Parts, trace=None) -> list[Line]:
 
     Source: bytes of ring algorithms, `jaxpar.core.cost.wire_bytes`; which collectives, `jaxpar.plan.matmul.derive`.
     """
-    if not parts.pipeline.plain or parts.settings.zero.stage or parts.settings.remat.kind != "none":
+    rounded = parts.settings.policy.enter is not plain  # so what travels back has another dtype
+    if not parts.pipeline.plain or parts.settings.zero.stage or parts.settings.remat.kind != "none" or rounded:
         return _from_trace(parts, trace or traced(parts))
     placement, model = parts.settings.placement, parts.model
     book = ledger(placement.scheme.axes)

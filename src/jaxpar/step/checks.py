@@ -5,9 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxpar.core import family, order
+from jaxpar.core import family
+from jaxpar.core import order as whole
+from jaxpar.core.cells import Order
 from jaxpar.core.recipe import Recipe
 from jaxpar.core.refuse import Collector, Problem, near_miss
+from jaxpar.core.timetable import timetable
 from jaxpar.core.types import Layer
 from jaxpar.core.walk import jaxprs
 from jaxpar.plan.layout import SINGLE
@@ -21,7 +24,7 @@ MODEL_SIZES = ("layers", "width", "hidden", "heads", "kv_heads", "context", "voc
 
 def of_numbers(recipe: Recipe):
     """Numbers out of range."""
-    yield from order.wrong(recipe.seed, batch=recipe.batch)
+    yield from whole.wrong(recipe.seed, batch=recipe.batch)
     least = {"steps": 1, "weight_decay": 0, "clip": 0, "evaluate_every": 0, "evaluate_batches": 1}
     for field, bound in (least | {"checkpoint_every": 0, "skip_limit": 1}).items():
         value = getattr(recipe, field)
@@ -110,6 +113,17 @@ def _alone(model: Layer, settings: Settings, batch):
 
 def _zeros(batch):
     return tuple(jnp.zeros(a.shape, jax.dtypes.canonicalize_dtype(a.dtype)) for a in batch)
+
+
+def out_of_order(recipe: Recipe, model: Layer, order: Order) -> list[Problem]:
+    """One problem if state would go through the microbatches in another order than without a pipeline."""
+    if not jax.tree.leaves(model.dims[1]) or timetable(order).in_order:
+        return []
+    keeps = family.pick("policies", recipe.plan.precision)().history is not None
+    under = f" under precision={recipe.plan.precision}" if keeps else ""
+    rule = f"takes microbatches out of order, and the model {recipe.model.name}{under} has state that goes from one to "
+    rule += "the next."
+    return [Problem("plan.schedule", recipe.plan.schedule, rule, "an order with rising microbatches at each stage")]
 
 
 def too_few_classes(recipe: Recipe, builder, classes: int):

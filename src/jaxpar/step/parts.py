@@ -9,6 +9,7 @@ import optax
 from jaxpar.core import family, strict
 from jaxpar.core.cells import Order
 from jaxpar.core.plan import Plan, order_of, scheme_of
+from jaxpar.core.policy import Policy
 from jaxpar.core.recipe import Model, Recipe
 from jaxpar.core.refuse import Collector, Problem, refuse
 from jaxpar.core.scaling import loss_scale_of
@@ -19,7 +20,7 @@ from jaxpar.plan.context import Settings
 from jaxpar.plan.layout import SINGLE, Placement
 from jaxpar.plan.wire import device_wire
 from jaxpar.plan.zero import zero_of
-from jaxpar.step import checks, master, scaling
+from jaxpar.step import checks, histories, master, scaling
 from jaxpar.step.gradients import Pipeline
 from jaxpar.step.master import Master
 from jaxpar.step.rounding import Origin
@@ -114,7 +115,7 @@ def assemble(recipe: Recipe, inputs, labels, classes: int) -> Parts:
     plan = recipe.plan
     settings = Settings(
         placement=placement,
-        policy=family.pick("policies", plan.precision)(),
+        policy=_policy(plan),
         wire=device_wire(),
         zero=zero_of(plan, placement, model.dims[0], _shapes(model)[0]),
         unroll={"true": True, "false": False, "auto": None}[plan.unroll],
@@ -185,6 +186,8 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
         found.problems.extend(check.of_heads(*(fields.get(name) for name in ("width", "heads", "kv_heads"))))
         if inputs or "example" not in family.parameters(builder):
             model = found.attempt(builder, **fields)
+    if model and inputs and not found.problems:
+        model = found.attempt(_with_histories, recipe, model, inputs, labels)
     order = found.attempt(order_of, recipe.plan)
     found.problems.extend([*remat.of_order(recipe.plan, order), *offload.of_order(recipe.plan, order)] if order else ())
     division = None
@@ -199,8 +202,24 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
         found.problems.extend(check.of_rows(placement, recipe.plan, recipe.batch, sizes.get("context")))
     if scheme and model:
         found.problems.extend(check.of_model(placement, model.dims, _shapes(model), sizes))
+        block = _policy(recipe.plan).block if not found.problems else 1
+        found.problems.extend(check.of_blocks(placement, model.dims[0], _shapes(model)[0], block))
     refuse(found.problems)
     return model, placement, division
+
+
+def _policy(plan: Plan) -> Policy:
+    """The policy that a plan names."""
+    return family.pick("policies", plan.precision, "plan.precision")()
+
+
+def _with_histories(recipe: Recipe, model: Layer, inputs, labels) -> Layer:
+    """The model with state for delayed scaling, if its precision asks for it and it can take this data."""
+    policy = _policy(recipe.plan)
+    if policy.history is None:
+        return model
+    refuse(checks.other_data(recipe, model, Settings(SINGLE, policy, device_wire()), (inputs, labels)))
+    return histories.remembering(model, policy, inputs)
 
 
 def _shapes(model: Layer):
@@ -212,21 +231,11 @@ def _divided(recipe: Recipe, model: Layer, order: Order, inputs) -> Division:
     """The model in stages; what they cost is only asked where the cut depends on it."""
 
     def costs():
-        policy = family.pick("policies", recipe.plan.precision)()
+        policy = _policy(recipe.plan)
         return costs_of(model, Settings(SINGLE, policy, device_wire()), inputs)
 
-    refuse(_out_of_order(recipe, model, order))
+    refuse(checks.out_of_order(recipe, model, order))
     return divide(model, order.place, recipe.model.name, costs)
-
-
-def _out_of_order(recipe: Recipe, model: Layer, order: Order) -> list[Problem]:
-    """One problem if state would go through the microbatches in another order than without a pipeline."""
-    if not jax.tree.leaves(model.dims[1]) or timetable(order).in_order:
-        return []
-    rule = (
-        f"takes microbatches out of order, and the model {recipe.model.name} has state that goes from one to the next."
-    )
-    return [Problem("plan.schedule", recipe.plan.schedule, rule, "an order with rising microbatches at each stage")]
 
 
 def _sizes(recipe: Recipe) -> list[int]:

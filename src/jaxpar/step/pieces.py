@@ -26,6 +26,7 @@ VIEWS = (
     "copy",
     "name",
 )  # cheap
+SLICES = ("slice", "dynamic_slice")
 
 
 class Given(NamedTuple):
@@ -220,11 +221,13 @@ def cutting(
     wanted = _wanted(role, results, residual=residual, split=split)
     live = frozenset(arguments) - frozenset(jax.tree.leaves(numbers.own))
     after = live if residual else frozenset(jax.tree.leaves(numbers.seed))
+    states = frozenset(jax.tree.leaves(numbers.backward))
 
     def keep(value: Value) -> bool:
         name, made = value.line.equation.primitive.name, value.aval
         kept = made.ndim and not jnp.issubdtype(made.dtype, jax.dtypes.extended)  # random keys are cheap
         kept = kept and over <= set(compat.varying_axes(made))  # all that comes out of a branch varies so
+        kept = kept and not (name in SLICES and value.depends <= states)  # B reads what the B before it has left
         return bool(kept and value.depends & after) and name not in VIEWS and not (regather and name in GATHERS)
 
     made = [jax.tree.flatten(one) for one in wanted.values()]
