@@ -119,5 +119,5 @@ def draw(axes, found: dict[str, dict], names: dict[str, str]) -> None:
         axes.plot([smallest, normal], [at, at], color="#616161", lw=5, alpha=0.35, solid_capstyle="butt")
         axes.annotate(name, (largest + 1.5, at), fontsize=8, va="center", annotation_clip=False)
     axes.set(xlabel="exponent: 2^n", ylabel="% of gradients", xlim=(LOW + 1, HIGH + 6))
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.85))
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.82))
     axes.set_title("gradients of float32, and what formats hold (pale: subnormal)", loc="left", fontsize=10)
