@@ -80,11 +80,18 @@ def whole(operand):
 @pytest.mark.parametrize("name", ["fp8_current", "fp8_delayed", "fp8_block"])
 def test_products_are_those_of_the_rounded_operands(name):
     policy = family.pick("policies", name)()
-    (x, w, _), (a, b, g) = operands(policy)
+
+    @jax.jit
+    def found():
+        arrays, (a, b, g) = operands(policy)
+        return arrays, (a, b, g), [policy.dot(multiply, *pair) for pair in ((a, b), (g, b.T), (a.T, g))]
+
+    (x, w, _), (a, b, g), products = found()
     assert {one.array.dtype.itemsize for one in (a, b, g)} == {1}
     assert g.format == (jnp.float8_e4m3fn if name == "fp8_block" else jnp.float8_e5m2)
-    for left, right, near in ((a, b, x.astype(float) @ w.astype(float)), (g, b.T, None), (a.T, g, None)):
-        got, want = np.float64(policy.dot(multiply, left, right)), whole(left) @ whole(right)
+    pairs = ((a, b, np.float64(x) @ np.float64(w)), (g, b.T, None), (a.T, g, None))
+    for got, (left, right, near) in zip(map(np.float64, products), pairs, strict=True):
+        want = whole(left) @ whole(right)
         again = 4e-4 if name == "fp8_block" and left is not a and right is g else 0  # laid out anew
         np.testing.assert_allclose(got, want, rtol=2**-8, atol=(1e-5 + again) * np.abs(want).max())
         if near is not None:
