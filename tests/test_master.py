@@ -55,8 +55,9 @@ def test_parameters_of_16_bits_are_the_same_under_any_plan(plan):
     (want, *_), (got, parts, state, step) = trained("data=1", layers), trained(plan, layers)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float16)}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.opt) if leaf.ndim} == {jnp.dtype(jnp.float32)}
-    differ = [np.mean(one != other) for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)]
-    assert max(differ) < 0.02, "the same random bits, but for sums that were rounded otherwise"
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    differ = np.concatenate([(one != other).ravel() for one, other in pairs])
+    assert np.mean(differ) < 2e-3, "the same random bits, but for sums that were rounded otherwise"
     held, on_host = memory.held(parts), "offload" in plan
     there = sum(held.values()) - held["gradients"] + 4  # the count of steps
     assert on_host or step.memory_analysis().argument_size_in_bytes == there
