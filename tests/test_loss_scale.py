@@ -16,15 +16,18 @@ from parity import assert_equal
 from test_resume import assert_same_bits, interrupt
 from tiny import TINY
 
-from jaxpar.core import scaling
+from jaxpar.core import family, scaling
+from jaxpar.core.plan import Plan
 from jaxpar.core.recipe import Data, Model, Recipe
 from jaxpar.core.refuse import Refused
 from jaxpar.core.types import State
 from jaxpar.loss_scales.dynamic import dynamic
 from jaxpar.loss_scales.enhanced import enhanced
+from jaxpar.step.parts import prepare
+from jaxpar.step.program import program
 from jaxpar.step.scaling import unscaling
 from jaxpar.step.update import updated
-from jaxpar.train import checkpoint
+from jaxpar.train import ahead, checkpoint
 from jaxpar.train.ahead import Compiled
 from jaxpar.train.fit import fit
 from jaxpar.train.metrics import book
@@ -289,3 +292,36 @@ def test_what_counts_against_the_limit():
         with pytest.raises(NonFinite, match=f"step {len(kinds)}: "):
             told(kinds[-1], told(kinds[:-1]))
     assert told("fs", told("sl")) and told("l", told("ss", limit=9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", family.names("policies"))
+def test_a_batch_that_is_no_number_is_skipped_in_every_policy(precision, tmp_path, monkeypatch):
+    """One is, and counted; three in a row end the run with exit code 78, its last checkpoint as good as ever."""
+    bad = {1, 5, 6, 7}
+
+    def spoiled(batch, parts, dataset, name):  # inputs that are no numbers are refused before they come so far
+        inputs, labels = batch
+        return (np.full_like(inputs, np.nan) if int(name.split()[-1]) in bad else inputs), labels
+
+    monkeypatch.setattr(ahead, "checked", spoiled)
+    recipe = replace(TINY, plan=Plan(data=2, precision=precision), evaluate_batches=1, evaluate_every=0)
+    recipe = replace(recipe, checkpoint_every=2, skip_limit=3)
+    with pytest.raises(NonFinite, match=r"step 8: .*update 3 in a row") as stopped:
+        fit(recipe, name="run", runs_dir=str(tmp_path), report=quiet())
+    assert stopped.value.exit_code == 78
+    skipped = {line["step"]: line["skipped"] for line in lines_of(tmp_path / "run") if "skipped" in line}
+    assert skipped == {2: 1, 6: 1, 7: 2, 8: 3}
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert checkpoint.steps(checkpoints) == [2, 4, 6]
+    parts, _ = prepare(recipe)
+    before, after = (checkpoint.restore(checkpoints, program(parts), step) for step in (4, 6))
+    loss_scale = parts.loss_scale
+    counted = [leaf for leaf in jax.tree.leaves(after.opt[1:] if loss_scale else after.opt) if leaf.ndim == 0]
+    assert {int(leaf) for leaf in counted} == {4}, "of six steps two were skipped"
+    bad.clear()
+    assert fit(recipe, name="run", runs_dir=str(tmp_path), report=quiet()).summary["skipped"] == 2
+    if loss_scale:
+        assert after.opt[0].total == 2 and after.opt[0].skipped == 1
+        same = loss_scale.scale(after.opt[0].scale) == loss_scale.scale(before.opt[0].scale)
+        assert same == (not hasattr(before.opt[0].scale, "finite"))
