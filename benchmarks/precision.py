@@ -24,6 +24,7 @@ left out, and said. Half a minute per policy and chip.
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,8 +81,8 @@ def parts_of(options: Options, policy: str, devices: int = 1) -> Parts:
 # Ahead of time.
 
 
-def compiled_for(options: Options, policy: str, word: str, extra: dict) -> list[str]:
-    """The products of a step compiled for a topology, a line for each kind.
+def compiled_for(options: Options, policy: str, word: str, extra: dict) -> Counter[operands.Product]:
+    """The products of a step compiled for a topology.
 
     Raises:
         Refused: if the compiler is not installed, or the word is no topology.
@@ -89,7 +90,7 @@ def compiled_for(options: Options, policy: str, word: str, extra: dict) -> list[
     where = topology.parse(word)
     made = program(parts_of(options, policy, where.count), topology.devices(where))
     chosen = topology.compiler_options(where) | extra
-    return operands.shown(operands.products(made.step.lower(made.shapes, made.batch).compile(chosen).as_text()))
+    return operands.products(made.step.lower(made.shapes, made.batch).compile(chosen).as_text())
 
 
 def ahead(options: Options) -> dict:
@@ -100,7 +101,7 @@ def ahead(options: Options) -> dict:
             for policy in options.policies.split(","):
                 name = f"{word}{' by libraries' if extra else ''}, {policy}"
                 try:
-                    found[name] = compiled_for(options, policy, word, extra)
+                    found[name] = operands.shown(compiled_for(options, policy, word, extra))
                 except Refused as missing:
                     found[name] = [str(missing.problems[0])]
                 print(f"\n{name}: compiled ahead of time, not run")

@@ -18,7 +18,7 @@ with the tokens of a batch, of which large models take a thousand times as many.
 3. *Time* of a step, of all policies in turn, over that of float32. This machine computes few bits by way of float32; of
    accelerators this says nothing (`benchmarks/precision.py` does). Policies whose note says so are emulated everywhere.
 
-A policy whose step is more than ten times as long as that of float32 is trained for a fifth of the steps. Some four
+A policy whose step is more than ten times as long as that of float32 is trained for a fifth of the steps. Some five
 minutes on 2 idle cores, most of them to compile.
 
     python -m experiments.precision
@@ -70,7 +70,7 @@ class Options:
     overwrite: bool = False
     policies: str = ""
     steps: int = 300
-    repeats: int = 15
+    repeats: int = 9
     seed: int = 0
 
 

@@ -1,6 +1,7 @@
 """How small are gradients, and which of them does a policy lose?  Half of `experiments/precision.py`, which runs it."""
 
 from collections import Counter
+from functools import partial
 
 LOW, HIGH = -50, 16  # exponents that are told apart
 RANGES = {  # smallest subnormal, smallest normal and largest number of a format, as powers of two
@@ -56,33 +57,35 @@ def flushed(policy, gradients: dict, scale: float, seed: int) -> dict[str, float
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxpar.core.policy import Operand, Site
+    from jaxpar.core.policy import Site
 
     def lost(before, after):
         return int(np.sum((before != 0) & (after == 0))), int(np.sum(before != 0))
 
+    def entered(a, name, role, history=None, bits=None):
+        site = Site(name, role, (1,) * a.ndim, lambda value, dims=None: value, bits, history)
+        return policy.enter(policy.cast(jnp.asarray(a), "activation"), site)
+
     counts = []
     for number, (name, gradient) in enumerate(gradients["activation"]):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        bits = lambda key=key, shape=gradient.shape: jax.random.bits(key, shape, jnp.uint32)  # noqa: E731
-        history = policy.history() if policy.history else None
-        site = Site(name, "gradient", (1,) * gradient.ndim, lambda value, dims=None: value, bits, history)
-        arrived = policy.cast(jnp.asarray(gradient * np.float32(scale)), "activation")
-        for _ in range(2):  # delayed scaling knows of this gradient the second time
-            operand, history = policy.enter(arrived, site)
-            site = site._replace(history=history)
-        counts.append(lost(gradient, np.asarray(operand.array.astype(jnp.float32))))
-    ones = Operand(jnp.ones((1, 1), policy.cast(jnp.ones(()), "activation").dtype))
-    result = jax.eval_shape(lambda: policy.dot(_multiply, ones, ones)).dtype
+        scaled, history = gradient * np.float32(scale), None
+        bits = partial(jax.random.bits, jax.random.fold_in(jax.random.key(seed), number), gradient.shape, jnp.uint32)
+        if policy.history:  # delayed scaling has seen this gradient once
+            history = policy.history()
+            history = policy.remember(history, entered(scaled, name, "gradient", history, bits)[1])
+        operand, _ = entered(scaled, name, "gradient", history, bits)
+        counts.append(lost(gradient, np.asarray(operand.values.astype(jnp.float32))))
+    one = entered(np.ones((1, 1), np.float32), "embed mlp", "activation", bits=lambda: jnp.zeros((1, 1), jnp.uint32))[0]
+    result = policy.dot(
+        lambda a, b, dtype, precision=None: jnp.matmul(a, b, preferred_element_type=dtype), one, one
+    ).dtype
     weights = gradients["weight"]
     kept = np.asarray((weights * np.float32(scale)).astype(result).astype(np.float32))
+    if policy.gradient:
+        kept = np.asarray(policy.gradient(jnp.asarray(kept), "embed mlp"))
     missing, whole = map(sum, zip(*counts, strict=True))
     missing_weights, whole_weights = lost(weights, kept)
     return {"activation": missing / whole, "weight": missing_weights / whole_weights}
-
-
-def _multiply(a, b, dtype, precision=None):
-    return (a @ b).astype(dtype)
 
 
 def histogram(values) -> dict:
@@ -116,5 +119,5 @@ def draw(axes, found: dict[str, dict], names: dict[str, str]) -> None:
         axes.plot([smallest, normal], [at, at], color="#616161", lw=5, alpha=0.35, solid_capstyle="butt")
         axes.annotate(name, (largest + 1.5, at), fontsize=8, va="center", annotation_clip=False)
     axes.set(xlabel="exponent: 2^n", ylabel="% of gradients", xlim=(LOW + 1, HIGH + 6))
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.85))
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.82))
     axes.set_title("gradients of float32, and what formats hold (pale: subnormal)", loc="left", fontsize=10)

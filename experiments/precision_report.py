@@ -20,17 +20,24 @@ CLAIMED = {
 }
 
 
+def smoothed(row: dict, rows: list[dict], apart: bool) -> list[tuple[int, float]]:
+    """(step, loss) of a run, as means of some steps; or how far that is from float32 on the same batches."""
+    (first,) = [one for one in rows if one["task"] == row["task"] and one["case"] == "fp32"]
+    losses = [a - b for a, b in zip(row["losses"], first["losses"], strict=False)] if apart else row["losses"]
+    window = max(1, len(first["losses"]) // 40)
+    return [(end, statistics.fmean(losses[end - window : end])) for end in range(window, len(losses) + 1, window)]
+
+
 def table(rows: list[dict]) -> str:
     """One line for each run: losses, gradients lost, time."""
-    head = ["", "run", "steps", "held out", "- fp32", "skipped", "scale"]
+    head = ["", "run", "steps", "held out", "last batches - fp32", "skipped", "scale"]
     head += ["lost: activations", "weights", "step ms", "x fp32"]
     lines = []
     for row in rows:
-        (first,) = [one for one in rows if one["task"] == row["task"] and one["case"] == "fp32"]
+        last = [loss for _, loss in smoothed(row, rows, apart=True)][-4:]
         lines.append([row["task"], row["case"] + "*" * row["emulated"], str(row["steps"]), f"{row['held_out']:.4f}"])
-        apart = row["held_out"] - first["held_out"]
-        lines[-1] += [f"{apart:+.4f}" if row["steps"] == first["steps"] else "", str(row["skipped"])]
-        lines[-1] += [f"{row['scale']:g}", *(f"{row['flushed'][kind]:.2%}" for kind in ("activation", "weight"))]
+        lines[-1] += [f"{statistics.fmean(last):+.4f}", str(row["skipped"]), f"{row['scale']:g}"]
+        lines[-1] += [f"{row['flushed'][kind]:.2%}" for kind in ("activation", "weight")]
         lines[-1] += [f"{row['step_ms']:.1f}", f"{row['times']:.2f}", CLAIMED.get(row["case"], "")]
     return aligned([*head, "papers"], lines, head[2:])
 
@@ -50,48 +57,55 @@ def told(found: dict) -> str:
 
 
 def picture(path: Path, rows: list[dict], found: dict) -> Path:
-    """Losses against the step, exponents of gradients, and the shares of them that are lost."""
+    """Losses against the step and beside those of float32, exponents of gradients, and which of them are lost."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 9), dpi=130, layout="constrained")
-    panels = figure.subplots(2, 2)
-    names = list(dict.fromkeys(row["case"] for row in rows))
-    policies, first = [name for name in names if name != "fp32" and "," not in name], next(iter(found))
-    styles = {"no scale": ":", "scale 2^-10": "--"}
-    for axes, task in zip(panels[0], found, strict=False):
-        for row in (row for row in rows if row["task"] == task):
-            policy, _, other = row["case"].partition(", ")
-            look = {"color": "black", "lw": 5, "alpha": 0.25}
-            if policy != "fp32":
-                color = COLORS[policies.index(policy) % len(COLORS)]
-                look = {"color": color, "ls": styles.get(other, "-"), "lw": 1.3}
-            window = max(1, len(row["losses"]) // 40)
-            ends = range(window, len(row["losses"]) + 1, window)
-            curve = [statistics.fmean(row["losses"][end - window : end]) for end in ends]
-            label = f"{row['case']}{'*' * row['emulated']}: {row['held_out']:.3f}"
-            axes.plot(ends, curve, **look, label=label)
-        axes.set(xlabel="step", ylabel="training loss, nats")
-        axes.set_title(f"{task}; in the legend: held out, *: emulated", loc="left", fontsize=10)
-        axes.legend(frameon=False, fontsize=8)
+    figure = Figure(figsize=(17, 9), dpi=110, layout="constrained")
+    panels = figure.subplots(2, 3)
+    for task, losses, bars in zip(found, panels[0], panels[1, 1:], strict=False):
+        own = [row for row in rows if row["task"] == task]
+        for row in own:
+            fewer = f" after {row['steps']}" * (row["steps"] < max(one["steps"] for one in own))
+            label = f"{row['case']}{'*' * row['emulated']}: {row['held_out']:.3f}{fewer}"
+            losses.plot(*zip(*smoothed(row, rows, apart=False), strict=True), **_look(row, rows), label=label)
+        losses.set(xlabel="step", ylabel="training loss, nats")
+        losses.set_title(f"{task}; in the legend: held out, *: emulated", loc="left", fontsize=10)
+        losses.legend(frameon=False, fontsize=8, loc="upper right", labelspacing=0.3)
+        _lost(bars, own)
+        bars.set_title(f"{task}: gradients that a policy loses", loc="left", fontsize=10)
+    first, apart = next(iter(found)), panels[0, 2]
+    for row in (row for row in rows if row["task"] == first):
+        apart.plot(*zip(*smoothed(row, rows, apart=True), strict=True), **_look(row, rows))
+    apart.set_yscale("symlog", linthresh=0.05)
+    apart.set(xlabel="step", ylabel="nats more than float32, on the same batches")
+    apart.set_title(f"{first}: beside float32 (linear up to 0.05)", loc="left", fontsize=10)
     kinds = {f"{task} {kind}": found[task][kind] for task in found for kind in ("activation", "weight")}
     precision_gradients.draw(panels[1, 0], kinds, {name: f"{name}s" for name in kinds})
-    bars = panels[1, 1]
-    for place, name in enumerate(names):
-        for number, kind in enumerate(("activation", "weight")):
-            (row,) = [row for row in rows if row["case"] == name and row["task"] == first]
-            share = 100 * row["flushed"][kind]
-            at = place + 0.4 * number - 0.2
-            bars.barh(at, share, height=0.38, color=COLORS[number], label=None if place else f"of {kind}s")
-            bars.annotate(
-                f"{share:.3g}", (share, at), xytext=(3, 0), textcoords="offset points", fontsize=7, va="center"
-            )
-    scales = {row["case"]: row["scale"] for row in rows if row["task"] == first}
-    labels = [f"{name} (x {scales[name]:g})" if scales[name] != 1 and "," not in name else name for name in names]
-    bars.set_yticks(range(len(names)), labels, fontsize=8)
-    bars.set(xlabel="% of float32's gradients that become 0", ylim=(len(names) - 0.4, -0.6))
-    bars.set_title(f"{first}: gradients that a policy loses", loc="left", fontsize=10)
-    bars.legend(frameon=False, fontsize=8)
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     return path
+
+
+def _look(row: dict, rows: list[dict]) -> dict:
+    """A color for each policy, a style for each scale that is not its own."""
+    policies = list(dict.fromkeys(one["case"].partition(", ")[0] for one in rows if one["case"] != "fp32"))
+    policy, _, other = row["case"].partition(", ")
+    if policy == "fp32":
+        return {"color": "black", "lw": 5, "alpha": 0.25}
+    style = {"": "-", "no scale": ":"}.get(other, "--")
+    return {"color": COLORS[policies.index(policy) % len(COLORS)], "ls": style, "lw": 1.3}
+
+
+def _lost(axes, rows: list[dict]) -> None:
+    """Bars of the shares of gradients that become 0, of each run of one recipe."""
+    for number, kind in enumerate(("activation", "weight")):
+        for place, row in enumerate(rows):
+            share, at = 100 * row["flushed"][kind], place + 0.4 * number - 0.2
+            axes.barh(at, share, height=0.38, color=COLORS[number], label=None if place else f"of {kind}s")
+            offset = {"xytext": (3, 0), "textcoords": "offset points", "fontsize": 7, "va": "center"}
+            axes.annotate(f"{share:.2f}" if share else "0", (share, at), **offset)
+    labels = [row["case"] + f" (x {row['scale']:g})" * (row["scale"] != 1 and "," not in row["case"]) for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.set(xlabel="% of float32's gradients that become 0", ylim=(len(rows) - 0.4, -0.6), xlim=(0, 100))
+    axes.legend(frameon=False, fontsize=8)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpar.core import family
 from jaxpar.core.plan import Plan
 from jaxpar.core.recipe import Model, Recipe
 from jaxpar.core.types import State
@@ -41,6 +42,9 @@ SMALL = {
     # smooth: rounding may move a ReLU's input across 0, which changes its gradient at once
     "convnet": Model("convnet", layers=2, width=16, hidden=32, activation="gelu_tanh"),
 }
+
+
+HISTORY = {"scale": 1.0, "amax": 0.0}  # of an operand under delayed scaling that was never used
 
 
 class Ran(NamedTuple):
@@ -79,28 +83,46 @@ def built(recipe: Recipe) -> tuple[Parts, Program]:
 
 
 @functools.cache
-def start(model: Model):
+def start(model: Model, precision: str = "fp32"):
     """Unpadded parameters and extra on the host: noise, about 1 for gains and variances, so that nothing drops out.
 
     The noise of language models is near that of GPT-2's initial values: the larger it is, the more rounding there is in
     the gradient of a key bias, which is 0 in truth. That of image models is larger: a head near 0 sends back gradients
-    that cancel in batch norm.
+    that cancel in batch norm. The histories of delayed scaling have seen one step.
     """
-    _, made = built(recipe_of(model, "data=1"))
+    recipe = recipe_of(model, f"precision={precision}")
+    parts, made = built(recipe)
     rng, small = np.random.default_rng(7), 0.03 if model.context else 0.2
 
     def drawn(path, leaf):
         name = path[-1].key
+        if name in HISTORY:
+            return np.full(leaf.shape, HISTORY[name], leaf.dtype)
         around = 1 if name in ("gain", "variance") else 0
         deviation = (2 / math.prod(leaf.shape[-4:-1])) ** 0.5 if name == "kernel" else small
         return (around + deviation * rng.normal(size=leaf.shape)).astype(np.float32)
 
-    return tuple(jax.tree_util.tree_map_with_path(drawn, tree) for tree in (made.unpadded.params, made.unpadded.extra))
+    trees = made.unpadded.params, made.unpadded.extra
+    params, extra = (jax.tree_util.tree_map_with_path(drawn, tree) for tree in trees)
+    if not remembers(recipe):
+        return params, extra
+    found = made.gradients(laid(made, parts, params, extra), made.place(batch_of(recipe)))
+    return params, unpadded(made, found.gradients, found.extra)[1]
+
+
+def remembers(recipe: Recipe) -> bool:
+    """Whether its precision has state."""
+    return family.pick("policies", recipe.plan.precision)().history is not None
 
 
 def placed(recipe: Recipe, parts: Parts, made: Program):
     """A State with the parameters of `start` on the devices of the plan, and no optimizer."""
-    trees = zip(parts.model.dims, start(recipe.model), strict=True)
+    return laid(made, parts, *start(recipe.model, recipe.plan.precision if remembers(recipe) else "fp32"))
+
+
+def laid(made: Program, parts: Parts, params, extra) -> State:
+    """A State of these on the devices of the plan, and no optimizer."""
+    trees = zip(parts.model.dims, (params, extra), strict=True)
     padded = tuple(padding.pad(made.placement, dims, tree) for dims, tree in trees)
     params, extra = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), padded, made.shapes[1:3])
     return State(jax.device_put(np.int32(0), made.shapes.step.sharding), params, extra, (), {})

@@ -127,6 +127,22 @@ def bits(array, scale, along: tuple[int, ...] = ()) -> Operand:
     return Operand(lax.bitcast_convert_type(array, jnp.uint8), scale, along, array.dtype)
 
 
+def narrowed(dtype) -> Callable:
+    """`Policy.cast` to a dtype of 16 bits that is rounded to indeed.
+
+    Where XLA computes what comes before and after in float32 it may leave a cast to 16 bits and back out
+    (`xla_allow_excess_precision`): where an array is gathered it does not, where it stays it does. Then a scale from
+    the largest magnitude is another one, and with it every number of 8 bits.
+    """
+    bits = jnp.finfo(dtype)
+
+    def cast(a, role):
+        a = lax.reduce_precision(a, bits.nexp, bits.nmant) if a.dtype == jnp.float32 else a
+        return a.astype(dtype)
+
+    return cast
+
+
 def plain(a, site: Site) -> tuple[Operand, None]:
     """An operand as it comes: `Policy.enter` of a policy whose `cast` says it all."""
     return Operand(a), None

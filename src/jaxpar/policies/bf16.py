@@ -10,8 +10,8 @@ def bf16() -> Policy:
 
     Products accumulate in float32, and results are rounded to bfloat16 once; so partial sums travel in bfloat16 too: an
     error that grows with the number of devices that share a contraction. Gradients of weights are summed in bfloat16
-    over devices that a scheme places, in float32 over those of `data` and over microbatches. No loss scale is needed,
-    since the exponents are those of float32.
+    over devices that a scheme places, and over those of `data` under ZeRO 3; else over those, and over microbatches, in
+    float32. No loss scale is needed, since the exponents are those of float32.
 
     Source: Kalamkar et al. 2019, arXiv:1905.12322, section 3.
     """

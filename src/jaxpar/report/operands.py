@@ -8,7 +8,6 @@ from jaxpar.report.hlo_text import Instruction, arrays, parse
 
 PRODUCTS = ("dot", "convolution")  # a TPU's compiler makes convolutions of products
 LIBRARY = re.compile(r'custom_call_target="(__cublas[^"]*|__cudnn\$conv[^"]*)"')
-KEPT = {"bitcast", "copy", "reshape", "transpose", "get-tuple-element", "broadcast"}
 SCOPE = re.compile(r'op_name="([^"]*)"')
 
 
@@ -41,7 +40,7 @@ def products(text: str) -> Counter[Product]:
         for one in instructions.values():
             library = LIBRARY.search(one.attributes) if one.op == "custom-call" else None
             if one.op in PRODUCTS or library:
-                left, right = (_dtype(instructions, operand) for operand in one.operands[:2])
+                left, right = (arrays(instructions[operand].result)[0].dtype for operand in one.operands[:2])
                 by = library[1] if library else "triton" if name.startswith("gemm_fusion") else "compiler"
                 found[Product(_back(one), left, right, by)] += 1
     return found
@@ -50,14 +49,6 @@ def products(text: str) -> Counter[Product]:
 def _back(one: Instruction) -> bool:
     scope = SCOPE.search(one.attributes)
     return bool(scope) and "transpose(" in scope[1]
-
-
-def _dtype(instructions: dict[str, Instruction], name: str) -> str:
-    """Of the array that an operand is, the first if it is a tuple."""
-    one = instructions[name]
-    if one.op in KEPT and one.op != "get-tuple-element" and not arrays(one.result):
-        return _dtype(instructions, one.operands[0])
-    return arrays(one.result)[0].dtype
 
 
 def shown(found: Counter[Product]) -> list[str]:

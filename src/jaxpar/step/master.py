@@ -48,6 +48,8 @@ def wrong(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("master", recipe.master, "is no format that parameters could rest in.", f"{legal}, fixed:4.12")
     if recipe.rounding not in ROUNDINGS:
         yield Problem("rounding", recipe.rounding, "is not a choice.", near_miss(recipe.rounding, ROUNDINGS))
+    elif recipe.master == "fp32":
+        yield from _idle(recipe)
 
 
 def chosen(recipe: Recipe, policy: Policy) -> Master | None:
@@ -65,13 +67,19 @@ def chosen(recipe: Recipe, policy: Policy) -> Master | None:
 
 def unused(recipe: Recipe, master: Master | None) -> Iterator[Problem]:
     """Choices that mean nothing for these parameters, or that cannot go with them."""
-    if master is None and recipe.rounding != AUTO:
-        rule = "says how updates are rounded onto fewer bits, and parameters rest in float32."
-        yield Problem("rounding", recipe.rounding, rule, f"{AUTO}; or master=fp16")
+    if master is None:
+        yield from _idle(recipe)
     narrow = master is not None and master.dtype != jnp.float32
     if narrow and "parameters" in offload.parse(recipe.plan.offload):
         rule = f"parameters rest as {master.fmt.name} (master={recipe.master}), and the host's cores would widen them."
         yield Problem("plan.offload", recipe.plan.offload, rule, "offload=optimizer; or master=fp32")
+
+
+def _idle(recipe: Recipe) -> Iterator[Problem]:
+    """A way of rounding where nothing is rounded."""
+    if recipe.rounding != AUTO:
+        rule = "says how updates are rounded onto fewer bits, and parameters rest in float32."
+        yield Problem("rounding", recipe.rounding, rule, f"{AUTO}; or master=fp16")
 
 
 def resting(master: Master | None, params: Tree) -> Tree:
