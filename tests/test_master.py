@@ -21,13 +21,11 @@ from jaxpar.train.fit import fit
 from jaxpar.train.progress import quiet
 from jaxpar.train.sample import sample
 
-MLP = variant(SMALL["mlp"], layers=4)
-
 
 @functools.cache
-def trained(plan, master="fp16", rounding="auto"):
+def trained(plan, layers=1, master="fp16", rounding="auto"):
     """Unpadded parameters after three steps, with parts, state and compiled step."""
-    recipe = recipe_of(MLP, plan, master=master, rounding=rounding)
+    recipe = recipe_of(variant(SMALL["mlp"], layers=layers), plan, master=master, rounding=rounding)
     parts, made = built(recipe)
     state, step = made.init(), made.step.lower(made.shapes, made.batch).compile()
     for number in range(3):
@@ -53,11 +51,13 @@ PLANS = [
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_parameters_of_16_bits_are_the_same_under_any_plan(plan):
-    (want, *_), (got, parts, state, step) = trained("data=1"), trained(plan)
+    layers = 4 if "pipe" in plan else 1
+    (want, *_), (got, parts, state, step) = trained("data=1", layers), trained(plan, layers)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float16)}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.opt) if leaf.ndim} == {jnp.dtype(jnp.float32)}
-    differ = [np.mean(one != other) for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)]
-    assert max(differ) < 0.02, "the same random bits, but for sums that were rounded otherwise"
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    differ = np.concatenate([(one != other).ravel() for one, other in pairs])
+    assert np.mean(differ) < 2e-3, "the same random bits, but for sums that were rounded otherwise"
     held, on_host = memory.held(parts), "offload" in plan
     there = sum(held.values()) - held["gradients"] + 4  # the count of steps
     assert on_host or step.memory_analysis().argument_size_in_bytes == there
@@ -89,7 +89,7 @@ def test_what_rests_follows_the_precision_or_the_recipe(precision, master, kept)
 @pytest.mark.parametrize("master", ["bf16", "fp169", "fp152", "fixed:4.10"])
 def test_parameters_rest_on_the_grid(master, rounding):
     fmt = formats.named(master)
-    got, parts, state, _ = trained("data=2", master, rounding)
+    got, parts, state, _ = trained("data=2", 1, master, rounding)
     dtype = jnp.bfloat16 if master == "bf16" else jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(dtype)}
     for leaf in jax.tree.leaves(got):

@@ -18,5 +18,5 @@ def fp16() -> Policy:
         dot=accumulated(jnp.float16),
         loss_scale="dynamic",
         dtype=jnp.float16,
-        tolerance=1e-2,
+        tolerance=2e-2,
     )
