@@ -118,6 +118,7 @@ def test_a_scale_stays_a_number():
         ("none:3", "none takes no numbers"),
         ("dynamic:interval=2.5", "`2.5` must be a whole number"),
         ("dynamic:interval=0", "`0` must be a whole number"),
+        ("enhanced:3000000000=8", "`3000000000` is a step beyond 2147483647"),
         ("dynamic:8+start=9", "says `start` twice"),
         ("dynamic:every=2", "dynamic has no `every`"),
         ("dynamic:growth=0.5", "growth=0.5: must be at least 1"),

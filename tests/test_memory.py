@@ -345,3 +345,10 @@ def test_what_is_held_is_known_without_a_trace(monkeypatch):
     monkeypatch.setattr(memory, "traced", partial(pytest.fail, "traced"))
     held = memory.held(parts)
     assert {re.sub("^other ", "", name): size for name, size in held.items()}.items() <= known.items()
+
+
+@pytest.mark.parametrize("scale", ["static:1000", "dynamic"])
+def test_a_loss_scale_is_predicted(scale):
+    like = variant(SMALL["mlp"], layers=1)
+    plain, scaled = (harness.built(recipe_of(like, "data=2", loss_scale=text))[0] for text in ("none", scale))
+    assert memory.predicted(scaled)["total"] == pytest.approx(memory.predicted(plain)["total"], rel=0.15)

@@ -13,6 +13,7 @@ from jaxpar.core.types import LossScale
 
 FIELD = "loss_scale"
 JOINED = re.compile(r"(?<!\d[eE])[+]")  # not the one of 1e+6
+MOST = 2**31 - 1  # steps are counted in 32 bits
 LARGEST = 2.0**126  # its inverse is the smallest float32 that no backend flushes to zero
 
 
@@ -54,6 +55,8 @@ def loss_scale_of(text: str) -> LossScale:
         if not step and (key not in wanted or key == "floors"):
             raise _refused(text, f"{name} has no `{key}`.", near_miss(key, set(wanted) - {"floors"}))
         held = floors if step else fields
+        if step and int(key) > MOST:
+            raise _refused(text, f"`{key}` is a step beyond {MOST}.", f"{name}:40000=8192")
         if (key := int(key) if step else key) in held:
             raise _refused(text, f"says `{key}` twice.", name)
         held[key] = _number(text, number, whole=isinstance(defaults.get(key), int))
@@ -68,7 +71,7 @@ def _number(text: str, word: str, whole: bool) -> float:
         found = int(word) if whole else float(word)
     except ValueError:
         found = math.nan
-    if not 1 / LARGEST <= found <= (2**31 - 1 if whole else LARGEST):
+    if not 1 / LARGEST <= found <= (MOST if whole else LARGEST):
         raise _refused(text, f"`{word}` must be a {'whole' if whole else 'finite'} number above 0.", "1024")
     return found
 

@@ -164,7 +164,7 @@ def _cheap(graph: Graph, made: dict[int, int], op: Op) -> bool:
     if graph.rules.again:
         return True
     if op.name == "div" and op.equation.primitive.name == "div":
-        if len(op.reads) == 1:
+        if len(op.reads) < 2:  # none, where both are constants, as the inverse of a static loss scale
             return hasattr(op.equation.invars[1], "val")
         return op.reads[1] in made and graph.ops[made[op.reads[1]]].name == "broadcast_in_dim"
     return op.name not in COSTLY
