@@ -29,11 +29,11 @@ def laid_out(layer: Layer, plan: str, sizes: dict[str, int], dims: tuple[str, st
         plan: as in a recipe; only its mesh and scheme count here.
         sizes: entries of `batch`, and of `context` and `kv_heads` where the layer has them.
         dims: all dim words of x, and of y.
-        mode: fields of `Settings`, such as `train`.
+        mode: fields of `Settings`, such as `train`, or a `policy` other than fp32.
     """
     plan = Plan.parse(plan)
     placement = layout.place(scheme_of(plan.tensor), plan.data, sizes)
-    settings = Settings(placement, fp32(), device_wire(), **mode)
+    settings = Settings(**{"placement": placement, "policy": fp32(), "wire": device_wire()} | mode)
     params, extra = (mesh.parameter_specs(placement, tree) for tree in layer.dims)
     x, y = (mesh.spec(layout.activation(placement, words, len(words.split()))) for words in dims)
     return jax.shard_map(

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax.linen import fp8_ops
 from golden import load
+from laid_out import laid_out, pull
 
 from jaxpar.core import amax, blocks, family
 from jaxpar.core.policy import Site, bits
+from jaxpar.layers.dense import dense
 
 GOLDEN = load("fp8_delayed_scaling_flax_e4m3fn")
 
@@ -126,3 +128,25 @@ def test_the_head_and_convolutions_are_products_of_bfloat16():
     for left, right in ((a, b), (bits(jnp.ones((1, 4, 4, 8), jnp.float8_e4m3fn), jnp.ones((1, 4, 4, 1))),) * 2):
         policy.dot(lambda a, b, dtype, precision=None: seen.append((a.dtype, b.dtype)) or jnp.zeros(1), left, right)
     assert {*map(str, sum(seen, ()))} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("plan", ["data=4", "tensor=two_d:2x2", "tensor=three_d:2x2x2"])
+def test_what_is_too_small_beside_what_other_devices_hold_is_zero(plan):
+    """A scale of its own would keep it: half of the rows of x, columns of w and rows of dy are 2^-40 of the rest."""
+    keys, half = jax.random.split(jax.random.key(0), 3), jnp.where(jnp.arange(16) < 8, 1.0, 2.0**-40)
+    x, w, dy = (jax.random.normal(key, (16, 16)) for key in keys)
+    x, w, dy = half[:, None] * x, half * w, half[::-1, None] * dy
+    layer, dims = dense(16, 16, "embed mlp", bias=False), ("batch embed", "batch mlp")
+    policy = family.pick("policies", "fp8_current")()
+
+    def found(plan):
+        apply = laid_out(layer, plan, {"batch": 16}, dims, policy=policy)
+        y, (gradients, by_x), _ = jax.jit(lambda: pull(apply, {"weight": w}, {}, x, dy.astype(jnp.bfloat16)))()
+        return [np.float32(a) for a in (y, by_x, gradients["weight"])]
+
+    y, by_x, by_w = want = found("data=1")
+    assert y[:8, :8].all() and not y[8:].any() and not y[:, 8:].any(), "x and w"
+    assert by_x[8:].all() and not by_x[:8].any() and not by_w.any(), "dy"
+    for got, alone in zip(found(plan), want, strict=True):
+        np.testing.assert_allclose(got, alone, rtol=0, atol=0.02 * np.abs(alone).max())
+        assert not got[alone == 0].any(), plan
