@@ -195,3 +195,14 @@ def test_devices_hold_whole_blocks(plan, fields, says):
     assert len(refused.value.problems) == len(says)
     for line in says:
         assert re.search(line, told), told
+
+
+def test_a_policy_that_remembers_nothing_is_refused(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from jaxpar.policies.fp8_delayed import fp8_delayed\n"
+        "def forgetful():\n"
+        "    return fp8_delayed()._replace(remember=None)\n"
+    )
+    with pytest.raises(Refused, match=r"plan\.precision.*nothing that makes the next one"):
+        built(recipe_of(SMALL["mlp"], f"precision={path}:forgetful"))

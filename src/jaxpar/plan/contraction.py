@@ -111,7 +111,7 @@ def contract(settings, form: Bilinear, ways: list[Way], x, weights: tuple, histo
             dw = form.by_w(policy.dot, x_in, dy_in, jax.typeof(w_in.array))
             by_w.append(_pulled(way.w, likes[1][number], dw))
             found = {"activation": x_seen, "weight": w_seen, "gradient": dy_seen}
-            new = {role: policy.remember(old, found[role]) for role, old in history.items()}
+            new = {role: policy.remember(old, _agreed(found[role], old)) for role, old in history.items()}
             news.append(jax.tree.map(_alike, new, history))
         first = {way.shares: way.x for way in reversed(ways)}
         parts = [_pulled(first[shares], likes[0], dx) for shares, dx in zip(order, by_x, strict=True)]
@@ -177,7 +177,17 @@ def _pulled(move: Callable, like, cotangent):
     return compat.vary(found.astype(like.dtype), compat.varying_axes(like))
 
 
+def _agreed(seen, history):
+    """What was seen of an operand, the largest on all devices that have one history of it."""
+    own = {axis for leaf in jax.tree.leaves(history) for axis in compat.varying_axes(leaf)}
+
+    def one(leaf):
+        extra = tuple(axis for axis in compat.varying_axes(leaf) if axis not in own)
+        return lax.pmax(leaf, extra) if extra else leaf
+
+    return jax.tree.map(one, seen)
+
+
 def _alike(new, old):
-    """A new history that is typed as the old one: equal on the devices where that is."""
-    extra = tuple(axis for axis in compat.varying_axes(new) if axis not in compat.varying_axes(old))
-    return compat.vary(lax.pmax(new, extra) if extra else new, compat.varying_axes(old)).astype(jnp.result_type(old))
+    """A new history that is typed as the old one."""
+    return compat.vary(new, compat.varying_axes(old)).astype(jnp.result_type(old))

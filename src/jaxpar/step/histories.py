@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxpar.core.parts import chain
 from jaxpar.core.policy import Policy
+from jaxpar.core.refuse import Problem, Refused
 from jaxpar.core.types import Context, Layer, Tree
 from jaxpar.layers.stack import stack
 from jaxpar.plan.context import context
@@ -37,9 +38,15 @@ def remembering(model: Layer, policy: Policy, inputs) -> Layer:
         model: from inputs to logits.
         policy: precision.
         inputs: `jax.ShapeDtypeStruct` of the inputs of a batch.
+
+    Raises:
+        Refused: for a policy that has a history and no `remember`.
     """
     if policy.history is None:
         return model
+    if policy.remember is None:
+        rule = "has a `history` and nothing that makes the next one."
+        raise Refused([Problem("plan.precision", "its policy", rule, "Policy(..., history=..., remember=...)")])
     settings = Settings(SINGLE, policy, ledger({}).wire, train=False)
     params, extra = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     x = jax.ShapeDtypeStruct(inputs.shape, jax.dtypes.canonicalize_dtype(inputs.dtype))
