@@ -169,8 +169,17 @@ def moved(move: Callable, operand: Operand) -> Operand:
     return dataclasses.replace(operand, array=move(operand.array), scale=move(operand.scale, operand.along))
 
 
+def stay(a, along=None):
+    """The move of an operand that lies where it is wanted."""
+    return a
+
+
 def _pulled(move: Callable, like, cotangent):
     """The cotangent of what a move takes, in the dtype in which it comes; summed over axes that only it varies over."""
+    if move is stay:  # there is nothing to trace
+        extra = tuple(axis for axis in compat.varying_axes(cotangent) if axis not in compat.varying_axes(like))
+        found = lax.psum(cotangent, extra) if extra else cotangent
+        return compat.vary(found.astype(like.dtype), compat.varying_axes(like))
     start = like.update(dtype=cotangent.dtype)
     cotangent = compat.vary(cotangent, compat.varying_axes(jax.eval_shape(move, start)))
     found = jax.linear_transpose(lambda a: compat.vary(move(a), compat.varying_axes(cotangent)), start)(cotangent)[0]

@@ -12,7 +12,7 @@ from jaxpar.core.policy import Operand, Policy
 from jaxpar.core.scheme import Axes
 from jaxpar.plan import layout
 from jaxpar.plan.bilinear import Bilinear, conv, matmul, patched
-from jaxpar.plan.contraction import Recorded, Way, contract, moved
+from jaxpar.plan.contraction import Recorded, Way, contract, moved, stay
 from jaxpar.plan.draws import offset
 from jaxpar.plan.layout import Layout, Placement
 from jaxpar.plan.matmul import Moves, Step, derive
@@ -114,12 +114,12 @@ def _product(settings: Settings, form: Bilinear, x, weights, names) -> list:
         w = policy.cast(w.array if held else w, "weight")
         arrays.append(w if held else settings.constrain(w, dims, "weight"))
         histories.append(history)
-        ways.append(_way(settings, site, dims, one, shared, trained=trained, held=held, first=w.ndim - 2))
+        ways.append(_way(settings, site, dims, one, shared, trained=trained, held=held))
     results = contract(settings, form, ways, x, tuple(arrays), tuple(histories))
     return [settings.constrain(y, dims.split()[1], "activation") for y, dims in zip(results, names, strict=True)]
 
 
-def _way(settings: Settings, site: str, dims: str, one: Route, shared: Axes, *, trained, held, first) -> Way:
+def _way(settings: Settings, site: str, dims: str, one: Route, shared: Axes, *, trained, held) -> Way:
     """How the operands of one product move.
 
     Args:
@@ -130,16 +130,19 @@ def _way(settings: Settings, site: str, dims: str, one: Route, shared: Axes, *, 
         shared: mesh axes of all that is multiplied.
         trained: whether x has a gradient.
         held: whether w was fetched before.
-        first: dims of w before its last two.
     """
     wire, moves = settings.wire, one.moves
+    missing_x = _but(shared, layout.axes_of(one.x))
+    missing_w = _but(shared, layout.axes_of(one.w), layout.replicas(settings.placement))
+    x_stays = not (missing_x or moves.gather_x or moves.keep_x)
+    w_stays = held or not (missing_w or moves.gather_w or moves.keep_w)
 
     def x(a, along=None):
-        a = wire.vary(a, _but(shared, layout.axes_of(one.x)), f"x of {site}", trained) if along is None else a
+        a = wire.vary(a, missing_x, f"x of {site}", trained) if along is None else a
         return _move(settings, a, moves.gather_x, moves.keep_x, f"x of {site}", along, trained=trained)
 
     def w(a, along=None):
-        return a if held else _fetch(settings, a, dims, one.w, moves, shared, along)
+        return _fetch(settings, a, dims, one.w, moves, shared, along)
 
     def y(a):
         for dim, axis in moves.scatter:
@@ -152,7 +155,7 @@ def _way(settings: Settings, site: str, dims: str, one: Route, shared: Axes, *, 
         return dataclasses.replace(dy, array=compat.vary(dy.array, moves.total))
 
     lies = (one.x, _fetched(one) if held else one.w, one.y)
-    return Way(dims, lies, x, w, y, back, (moves.gather_x, moves.keep_x))
+    return Way(dims, lies, stay if x_stays else x, stay if w_stays else w, y, back, (moves.gather_x, moves.keep_x))
 
 
 def _fetched(one: Route) -> Layout:
