@@ -10,6 +10,7 @@ float32 of its operands. qwix scales by the live array alone, and takes hold of 
 
 import jax.numpy as jnp
 
+from jaxpar.core.formats import cast
 from jaxpar.core.policy import Operand, Site, bits
 
 LENGTH = 1024  # steps
@@ -46,8 +47,7 @@ def scale_of(amax, dtype, old, margin: int = 0):
 
 def quantized(a, scale, dtype):
     """`a / scale` in the format: what lies beyond its largest number becomes that, since a cast makes NaN of it."""
-    most = limit(dtype)
-    return jnp.clip(a.astype(jnp.float32) / scale, -most, most).astype(dtype)
+    return cast(a.astype(jnp.float32) / scale, dtype)
 
 
 def largest(a, site: Site):

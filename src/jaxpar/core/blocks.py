@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpar.core.amax import limit
+from jaxpar.core.formats import cast
 from jaxpar.core.policy import Operand, bits
 
 BLOCK = 128  # features
@@ -46,8 +47,7 @@ def blocked(a, sizes: tuple[int, ...], dtype, largest=lambda amax: amax) -> tupl
     _, exponent = jnp.frexp(amax * (1.0 / limit(dtype)))  # in [2^(e-1), 2^e)
     scale = jnp.ldexp(jnp.ones_like(amax), jnp.clip(exponent, -100, 120))
     scale = jnp.where(amax > 0, scale, 1.0)
-    most = limit(dtype)
-    array = jnp.clip(a / spread(scale, a.shape), -most, most).astype(dtype)
+    array = cast(a / spread(scale, a.shape), dtype)
     return array, jnp.where(jnp.isfinite(amax), scale, jnp.nan)
 
 
