@@ -1,5 +1,7 @@
 """What a layer may ask of entries on other devices is, on every mesh, what one device finds."""
 
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,18 +60,17 @@ def asked(word):
     return Layer(init, apply, dims=({name: f"- - {words}" for name, words in kernels.items()}, dims))
 
 
-def ran(layer, plan, dims, x, dy):
-    apply = laid_out(layer, plan, SIZES, dims)
+@lru_cache
+def ran(word, plan):
+    layer, x, dy = asked(word), drawn(1, BATCH, SIDE, SIDE, WIDTH), drawn(2, BATCH, SIDE, SIDE, 2 * WIDTH)
+    apply = laid_out(layer, plan, SIZES, (f"{DIMS} {word}",) * 2)
     return jax.jit(lambda *args: pull(apply, *args))(*layer.init(jax.random.key(0)), x, dy)
 
 
 @each_plan
 @pytest.mark.parametrize("word", ["embed", "channels"])
 def test_what_a_layer_is_told_does_not_depend_on_the_mesh(word, plan):
-    x, dy = drawn(1, BATCH, SIDE, SIDE, WIDTH), drawn(2, BATCH, SIDE, SIDE, 2 * WIDTH)
-    dims = (f"{DIMS} {word}",) * 2
-    got, want = (ran(asked(word), one, dims, x, dy) for one in (plan, "data=1"))
-    assert_equal(got, want, tolerance=5e-6)
+    assert_equal(ran(word, plan), ran(word, "data=1"), tolerance=5e-6)
 
 
 def test_on_one_device_it_is_what_a_loop_finds():

@@ -110,11 +110,13 @@ def columns_of(settings) -> Callable:
         into, out = layout.weight(settings.placement, dims)
         wanted = layout.features(settings.placement, dims.split()[1])
         sums = settings.wire.total(a.sum(tuple(range(a.ndim - 1))), into, f"columns of {dims}")
-        if out == wanted:
-            return sums
-        for axis in reversed(out):
-            sums = settings.wire.gather(sums, 0, axis, f"columns of {dims}")
-        return own_part(settings, sums, 0, wanted)
+        if out != wanted:
+            for axis in reversed(out):
+                sums = settings.wire.gather(sums, 0, axis, f"columns of {dims}")
+            sums = own_part(settings, sums, 0, wanted)
+        met = layout.axes_of(getattr(settings.placement.scheme, layout.side(dims.split()[1])))
+        own = (*wanted, *layout.replicas(settings.placement))  # as a bias, it meets activations that vary over more
+        return settings.wire.vary(sums, tuple(axis for axis in met if axis not in own), f"columns of {dims}")
 
     return columns
 
