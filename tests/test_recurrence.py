@@ -35,7 +35,7 @@ def test_it_is_the_loop(decay, count):
     check(own if decay == "of its own" else decay, inputs)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.floats(0.01, 1.0), st.integers(0, 2**32 - 1))
 def test_a_stream_in_two_parts_is_one_stream(decay, seed):
     rng = np.random.default_rng(seed)
