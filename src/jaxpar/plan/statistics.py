@@ -70,7 +70,7 @@ def recurrence_of(settings) -> Callable:
 
     def recurrence(decay, inputs, start, dims="batch embed"):
         axes = layout.activation(settings.placement, dims, inputs.ndim)[0]
-        decay, inputs, starts = map(lax.stop_gradient, (decay, inputs, start))
+        inputs, starts = map(lax.stop_gradient, (inputs, start))
         starts = starts if start.ndim == inputs.ndim else starts[None]
         here, devices, parts = len(inputs), layout.size(settings.placement.scheme, axes), len(starts)
         if here * devices % parts:
@@ -79,9 +79,11 @@ def recurrence_of(settings) -> Callable:
         index = offset(settings, axes, here) + jnp.arange(here)
         begins = (index % long == 0).reshape(-1, *[1] * (inputs.ndim - 1))
         own = jnp.take(starts, index // long, axis=0)  # the start of the part that each entry lies in
-        decay = jnp.broadcast_to(jnp.asarray(decay, inputs.dtype), inputs.shape)
-        products, states = prefix(jnp.where(begins, 0, decay), jnp.where(begins, decay * own, 0) + inputs)
-        met = _met(settings, products[-1:], states[-1:], axes) if axes else starts[:1]
+        if parts > 1 or not isinstance(decay, float):
+            decay = jnp.broadcast_to(lax.stop_gradient(jnp.asarray(decay, inputs.dtype)), inputs.shape)
+            decay, inputs = jnp.where(begins, 0, decay), jnp.where(begins, decay * own, 0) + inputs
+        products, states = prefix(decay, inputs)
+        met = _met(settings, products[-1:], states[-1:], starts[:1], axes) if axes else starts[:1]
         states = states + products * met
         before = jnp.where(begins, own, jnp.concatenate([met, states[:-1]]))
         if not axes:
@@ -93,13 +95,15 @@ def recurrence_of(settings) -> Callable:
     return recurrence
 
 
-def _met(settings, products, states, axes: Axes):
-    """The state that this device's first entry meets: `[1, width]`; any number where a part of the stream begins."""
+def _met(settings, products, states, start, axes: Axes):
+    """The state that this device's first entry meets: `[1, width]`; any number where a later part of it begins."""
     maps = jnp.stack([products, states], 1)
     for axis in reversed(axes):
         maps = settings.wire.gather(maps, 0, axis, "a recurrence", trained=False)
-    _, after = prefix(maps[:, 0], maps[:, 1])
-    return lax.dynamic_slice_in_dim(after, jnp.maximum(offset(settings, axes, 1) - 1, 0), 1, axis=0)
+    products, states = prefix(maps[:, 0], maps[:, 1])
+    place = offset(settings, axes, 1)
+    after = lax.dynamic_slice_in_dim(states + products * start, jnp.maximum(place - 1, 0), 1, axis=0)
+    return jnp.where(place == 0, start, after)
 
 
 def columns_of(settings) -> Callable:
