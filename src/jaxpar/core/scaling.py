@@ -1,7 +1,6 @@
 """Loss scales: the text that names one, and those that find their own size."""
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,10 +8,10 @@ import jax.numpy as jnp
 
 from jaxpar.core import family
 from jaxpar.core.refuse import Problem, Refused, near_miss
+from jaxpar.core.spec import JOINED
 from jaxpar.core.types import LossScale
 
 FIELD = "loss_scale"
-JOINED = re.compile(r"(?<!\d[eE])[+]")  # not the one of 1e+6
 MOST = 2**31 - 1  # steps are counted in 32 bits
 LARGEST = 2.0**126  # its inverse is the smallest float32 that no backend flushes to zero
 

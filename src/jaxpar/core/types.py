@@ -16,8 +16,8 @@ class Layer(NamedTuple):
         apply: `apply(params, extra, x, ctx) -> (y, extra)`: one device's part of the work; all it may know of other
             devices it asks of `ctx`.
         dims: mirrors what `init` returns, with one string of dim names per leaf, such as `"embed mlp"`: the whole
-            sharding rule. Words: `batch context height width` (rows), `embed` (outer), `mlp heads kv_heads vocab
-            channels` (inner), `layers`, and `-` (never split).
+            sharding rule. Words: `batch context depth height width` (rows), `embed` (outer), `mlp heads kv_heads vocab
+            channels` (inner), `layers`, `replicas` (of state, one for each part of a batch), and `-` (never split).
         parts: the links of a chain, in order, where there is one; pipelines, ZeRO and remat cut only here.
         blocks: of a stack of equal blocks, how many; its leaves have a leading `layers` dim, its one part is the block.
     """
@@ -53,9 +53,19 @@ class Context(NamedTuple):
         dot: `dot(x, w, "embed mlp")`: x times w; with tuples of weights and dims, several products that share x.
         einsum: `einsum("bqhd,bkhd->bhqk", a, b)`: the product of two activations in the dtype they come in, none of
             whose dims that are summed is split; the result is float32.
-        conv: `conv(x, w, "embed channels", strides=1)`: as `dot`, for kernels `w[height, width, in, out]`, zero-padded
-            to keep size / strides.
-        mean: `mean(x, "embed", over="embed")`: mean over whole dims, kept as dims of size 1.
+        conv: `conv(x, w, "embed channels", strides=1, padding="SAME")`: as `dot`, for kernels
+            `w[height, width, in, out]`, or with a depth in front; zeros around x that keep size / strides (`"SAME"`),
+            none (`"VALID"`), or so many on each side.
+        mean: `mean(x, "embed", over="embed", parts=None)`: mean over whole dims, kept as dims of size 1. With
+            `parts={"embed": 8}` the dim is cut into so many equal runs of entries and keeps its size: each entry has
+            the mean of its own run.
+        recurrence: `recurrence(decay, inputs, start, "batch embed") -> (before, last)`: the states
+            s = decay s + inputs along the first dim, in the order of all examples of the microbatch: those before each
+            entry, and the last. With `start[parts, width]` the examples are cut into so many equal runs, each with a
+            state of its own. Without gradient.
+        columns: `columns(a, "embed channels")`: sums over all dims but the last of an array that lies as a weight; they
+            lie as a bias.
+        concat: `concat([x, y], "embed")`: joined along the features, in the order that one device has them in.
         lookup: `lookup(table, ids)`: rows of `table["vocab embed"]`.
         cross_entropy: `cross_entropy(logits, labels)`: nats per row, 0 where the label is negative.
         start: `start("heads", 4)`: global index of the first of 4 local entries of a dim; for a row dim
@@ -66,12 +76,16 @@ class Context(NamedTuple):
         hold: `hold(w, "mlp mlp")`: a weight fetched once, ahead of a loop that uses it many times.
         loop: `loop(body, carry, xs)`: `jax.lax.scan` for a loop over rows, counted by the bill.
         train: whether this is training (dropout on, batch statistics) or evaluation.
+        fresh: whether this is the first microbatch since the weights changed; a boolean, maybe traced.
     """
 
     dot: Callable
     einsum: Callable
     conv: Callable
     mean: Callable
+    recurrence: Callable
+    columns: Callable
+    concat: Callable
     lookup: Callable
     cross_entropy: Callable
     start: Callable
@@ -81,6 +95,7 @@ class Context(NamedTuple):
     hold: Callable
     loop: Callable
     train: bool
+    fresh: Any
 
 
 class State(NamedTuple):

@@ -44,13 +44,34 @@ matmul = Bilinear(
 )
 
 
-def conv(strides: int) -> Bilinear:
-    """Convolution of x[batch, height, width, in] with w[height, width, in, out], zero-padded to keep size / strides."""
+def _space(rank: int) -> tuple[str, str, str]:
+    """Order of the dims of x, w and y of a convolution: of images, or of volumes."""
+    space = "HW" if rank == 4 else "DHW"
+    return f"N{space}C", f"{space}IO", f"N{space}C"
+
+
+def _window(rank: int, strides: int, padding: str | int) -> tuple:
+    """Strides and padding of each dim of space."""
+    sides = padding if isinstance(padding, str) else [(padding, padding)] * (rank - 2)
+    return (strides,) * (rank - 2), sides
+
+
+def conv(strides: int, padding: str | int = "SAME") -> Bilinear:
+    """Convolution of x[batch, height, width, in] with w[height, width, in, out], or of both with a depth before height.
+
+    Args:
+        strides: between entries of y, along each dim of space.
+        padding: `"SAME"`: zeros that keep size / strides; `"VALID"`: none; or how many on each side.
+    """
 
     def apply(x, w, dtype=None, precision=None):
-        numbers, window = ("NHWC", "HWIO", "NHWC"), (strides, strides)
         return lax.conv_general_dilated(
-            x, w, window, "SAME", dimension_numbers=numbers, preferred_element_type=dtype, precision=precision
+            x,
+            w,
+            *_window(x.ndim, strides, padding),
+            dimension_numbers=_space(x.ndim),
+            preferred_element_type=dtype,
+            precision=precision,
         )
 
     def by_x(dot, dy, w, like):
@@ -68,7 +89,7 @@ def conv(strides: int) -> Bilinear:
     return Bilinear(lambda dot, x, w: dot(apply, x, w), by_x, by_w)
 
 
-def patched(strides: int) -> Bilinear:
+def patched(strides: int, padding: str | int = "SAME") -> Bilinear:
     """The same convolution as a product of matrices: a row holds the patch of x that one entry of y sees.
 
     For operands without a scale.
@@ -76,11 +97,11 @@ def patched(strides: int) -> Bilinear:
 
     def patches(w_shape):
         return lambda x: lax.conv_general_dilated_patches(
-            x, w_shape[:2], (strides, strides), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )  # features: in, height, width
+            x, w_shape[:-2], *_window(x.ndim, strides, padding), dimension_numbers=_space(x.ndim)
+        )  # features: in, then space
 
     def matrix(w):
-        return Operand(jnp.moveaxis(w.array, 2, 0).reshape(-1, w.array.shape[-1]))
+        return Operand(jnp.moveaxis(w.array, -2, 0).reshape(-1, w.array.shape[-1]))
 
     def forward(dot, x, w):
         seen = patches(w.array.shape)(x.array)
@@ -92,8 +113,8 @@ def patched(strides: int) -> Bilinear:
 
     def by_w(dot, x, dy, like):
         found = dot(_matmul, Operand(patches(like.shape)(x.array)).flat.T, dy.flat)
-        height, width, into, out = like.shape
-        return jnp.moveaxis(found.reshape(into, height, width, out), 0, 2)
+        *space, into, out = like.shape
+        return jnp.moveaxis(found.reshape(into, *space, out), 0, -2)
 
     return Bilinear(forward, by_x, by_w)
 

@@ -14,6 +14,7 @@ from jaxpar.plan.bilinear import einsum
 from jaxpar.plan.draws import counters, offset
 from jaxpar.plan.offload import any_hosted, brought
 from jaxpar.plan.product import Settings, conv_of, dot_of, hold_of, local_ids, lookup_of
+from jaxpar.plan.statistics import columns_of, concat_of, mean_of, recurrence_of
 from jaxpar.plan.zero import fetched, gathers
 
 
@@ -23,7 +24,10 @@ def context(settings: Settings) -> Context:
         dot=dot_of(settings),
         einsum=einsum,
         conv=conv_of(settings),
-        mean=_mean(settings),
+        mean=mean_of(settings),
+        recurrence=recurrence_of(settings),
+        columns=columns_of(settings),
+        concat=concat_of(settings),
         lookup=lookup_of(settings),
         cross_entropy=_cross_entropy(settings),
         start=_start(settings),
@@ -33,6 +37,7 @@ def context(settings: Settings) -> Context:
         hold=hold_of(settings),
         loop=_loop(settings),
         train=settings.train,
+        fresh=jnp.equal(settings.first_example, 0),
     )
 
 
@@ -50,20 +55,6 @@ def _cross_entropy(settings: Settings):
         return jnp.where(labels >= 0, jnp.log(both[0]) - both[1], 0)
 
     return cross_entropy
-
-
-def _mean(settings: Settings):
-    def mean(x, dims, over=None):
-        words = dims.split() if " " in dims or x.ndim == 1 else [*layout.ROWS_OF_RANK[x.ndim], dims]
-        lies = layout.activation(settings.placement, " ".join(words), x.ndim)
-        chosen = (over or words[-1]).split()
-        if missing := [word for word in chosen if word not in words]:
-            raise ValueError(f"mean over {missing}, but x has the dims {words}.")
-        where = tuple(words.index(word) for word in chosen)
-        axes = layout.axes_of(tuple(lies[dim] for dim in where))
-        return settings.wire.mean(x.mean(where, keepdims=True), axes, f"mean over {' '.join(chosen)}")
-
-    return mean
 
 
 def _start(settings: Settings):

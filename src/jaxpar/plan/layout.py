@@ -8,10 +8,16 @@ from jaxpar.core.scheme import Axes, Scheme
 
 Layout = tuple[Axes, ...]  # the mesh axes of each dim of an array, major axis first
 
-ROWS = ("batch", "context", "height", "width")
+ROWS = ("batch", "context", "depth", "height", "width")
 INNER = ("mlp", "heads", "kv_heads", "vocab", "channels")
-ROWS_OF_RANK = {1: (), 2: ROWS[:1], 3: ROWS[:2], 4: ("batch", "height", "width")}
-WORDS = (*ROWS, "embed", *INNER, "layers", "experts", "-")
+ROWS_OF_RANK = {
+    1: (),
+    2: ("batch",),
+    3: ("batch", "context"),
+    4: ("batch", "height", "width"),
+    5: ("batch", "depth", "height", "width"),
+}
+WORDS = (*ROWS, "embed", *INNER, "layers", "replicas", "experts", "-")
 PIPE = "pipe"  # the axis of a pipeline's devices
 GROUP = "group"  # where ZeRO shares out a part of the data axis: the devices that share one copy
 FILLER = -1  # in a stack: a place that holds no layer
@@ -129,7 +135,7 @@ def side(word: str) -> str:
 
 def features(placement: Placement, word: str) -> Axes:
     """The axes that split a feature dim."""
-    if word in ("-", "layers", *ROWS) or word in placement.whole:
+    if word in ("-", "layers", "replicas", *ROWS) or word in placement.whole:
         return ()
     return getattr(placement.scheme, side(word))[1]
 
@@ -175,7 +181,7 @@ def weight(placement: Placement, dims: str) -> Layout:
     if words[:1] == ("layers",):
         over = (PIPE,) if placement.stack and PIPE in placement.scheme.axes else ()
         return (over, *weight(placement, " ".join(words[1:])))
-    if len(words) < 2 or words[-2] in ("layers", *ROWS):
+    if len(words) < 2 or words[-2] in ("layers", "replicas", *ROWS):
         return tuple(features(placement, word) for word in words)
     return (*[()] * (len(words) - 2), *_matrix(placement, *words[-2:]))
 

@@ -93,8 +93,8 @@ def conv_of(settings: Settings) -> Callable:
     """`Context.conv`."""
     form = patched if settings.policy.matrices else conv
 
-    def convolve(x, w, dims, strides=1):
-        return _product(settings, form(strides), x, (w,), (dims,))[0]
+    def convolve(x, w, dims, strides=1, padding="SAME"):
+        return _product(settings, form(strides, padding), x, (w,), (dims,))[0]
 
     return convolve
 

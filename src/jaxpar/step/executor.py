@@ -19,7 +19,9 @@ from jaxpar.core.timetable import Timetable
 from jaxpar.core.types import Tree
 from jaxpar.plan.layout import PIPE
 from jaxpar.step import stages
-from jaxpar.step.pieces import Boundary, Given, Role, Work, halves, merged
+from jaxpar.step.messages import Boundary
+from jaxpar.step.pieces import Given, Role, Work, halves, merged
+from jaxpar.step.pools import KEEPS, Shelves, empty, shelved, taken, written
 
 
 class Score(NamedTuple):
@@ -50,7 +52,8 @@ class Carry(NamedTuple):
     """What goes from tick to tick.
 
     Attributes:
-        pools: arrays with a leading dim of slots: `x` and `seed`, one each; `kept` and `between`, one per shelf.
+        pools: arrays with a leading dim of slots: `x` and `seed`, one per array of a message; `kept` and `between`,
+            one per shelf.
         total: gradients so far, laid out as the parameters; None where nothing is learned.
         extra: state without gradient.
         loss: the device's part so far.
@@ -62,19 +65,6 @@ class Carry(NamedTuple):
     loss: Any
 
 
-class Shelves(NamedTuple):
-    """How a pool holds what different roles keep: arrays of one shape, dtype and axes share a shelf.
-
-    Attributes:
-        arrays: (shape, dtype, axes) of each shelf.
-        of: for each role, the shelf of each thing that it keeps.
-    """
-
-    arrays: list[tuple]
-    of: list[list[int]]
-
-
-KEEPS = {"F": "kept", "B": "between"}
 SCOPE = "timetable_"  # what the switch over a kind of work is called in a program, before the kind
 
 
@@ -87,10 +77,10 @@ def play(score: Score, params: Tree, extra: Tree, batch: tuple, total: Tree) -> 
         batch: local (inputs, labels), each `[microbatches, examples, ...]`, varying over `pipe`.
         total: gradients before there is any; None where nothing is learned.
     """
-    shelves = {kind: _shelves(score, kind) for kind in KEEPS}
+    shelves = {kind: shelved(score.works, kind) for kind in KEEPS}
     columns, rows = columns_of(score.table, score.role_of, [set(work) for work in score.works])
     loss = compat.vary(jnp.zeros(score.loss.shape, score.loss.dtype), compat.varying_axes(score.loss))
-    carry = Carry(_pools(score, shelves, columns, rows), total, extra, loss)
+    carry = Carry(empty(score.boundary, shelves, _slots(columns, rows)), total, extra, loss)
     active = {kind: np.unique(rows[..., columns[kind, "role"]]).tolist() for kind in score.table.kinds}
 
     def tick(carry, row):
@@ -99,16 +89,15 @@ def play(score: Score, params: Tree, extra: Tree, batch: tuple, total: Tree) -> 
         for kind in score.table.kinds:
             if active[kind] != [0]:
                 at = {name: here[column] for (of, name), column in columns.items() if of == kind}
-                came = {name: _get(carry.pools[name][0], at[name]) for name in came_of(score, kind)}
+                came = {name: tuple(taken(carry.pools[name], at[name])) for name in came_of(score, kind)}
                 branches = [_branch(score, kind, role - 1, shelves, params, batch) for role in active[kind]]
                 with jax.named_scope(SCOPE + kind):
                     done = _chosen(active[kind], branches, at, came, carry)
                 carry, sent[kind] = _noted(carry, kind, done, at)
         for (kind, shift), pairs in _channels(score.table).items():
-            message = lax.ppermute(sent[kind], PIPE, pairs) if shift else sent[kind]
-            (old,) = carry.pools[pool := "x" if kind == "F" else "seed"]
-            new = _set(old, message, here[columns[kind, f"receive {shift}"]])
-            carry = carry._replace(pools=carry.pools | {pool: [new]})
+            message = [lax.ppermute(one, PIPE, pairs) if shift else one for one in sent[kind]]
+            pool, slot = "x" if kind == "F" else "seed", here[columns[kind, f"receive {shift}"]]
+            carry = carry._replace(pools=carry.pools | {pool: written(carry.pools[pool], message, slot)})
         return carry, None
 
     return tick(carry, rows[0])[0] if len(rows) == 1 else lax.scan(tick, carry, jnp.asarray(rows))[0]
@@ -161,37 +150,9 @@ def _channels(table: Timetable) -> dict[tuple[str, int], list[tuple[int, int]]]:
     return {channel: sorted(pairs) for channel, pairs in found.items()}
 
 
-def _shelves(score: Score, kind: str) -> Shelves:
-    arrays: list[tuple] = []
-    of = []
-    for works in score.works:
-        taken: list[int] = []
-        for keep in works[kind].keeps if kind in works else ():
-            form = (keep.shape, keep.dtype, compat.varying_axes(keep))
-            free = [n for n, there in enumerate(arrays) if there == form and n not in taken]
-            if not free:
-                arrays.append(form)
-            taken.append(free[0] if free else len(arrays) - 1)
-        of.append(taken)
-    return Shelves(arrays, of)
-
-
-def _pools(score: Score, shelves: dict[str, Shelves], columns, rows) -> dict[str, list]:
-    """Zeros for all slots that the timetable names, the dummy ones included."""
-
-    def slots(name: str) -> int:
-        used = [rows[..., column].max() for (kind, of), column in columns.items() if of == name]
-        return 1 + int(max(used, default=0))
-
-    def pool(count, shape, dtype, axes):
-        return compat.vary(jnp.zeros((count, *shape), dtype), axes)
-
-    messages = {}
-    if score.boundary:
-        form = score.boundary.shape, score.boundary.dtype, score.boundary.axes
-        messages = {name: [pool(slots(name), *form)] for name in ("x", "seed")}
-    kept = {KEEPS[kind]: [pool(slots(KEEPS[kind]), *form) for form in held.arrays] for kind, held in shelves.items()}
-    return messages | kept
+def _slots(columns, rows) -> dict[str, int]:
+    """How many slots of each pool the timetable names, the dummy ones included."""
+    return {name: 1 + max(int(rows[..., at].max()) for (_, of), at in columns.items() if of == name) for name in SLOTS}
 
 
 def _chosen(active: list[int], branches: list[Callable], at: dict, came: dict, carry: Carry) -> dict:
@@ -208,8 +169,7 @@ def _noted(carry: Carry, kind: str, done: dict, at: dict) -> tuple[Carry, Any]:
     keeps, message = done.pop("keeps"), done.pop("message", None)
     if keeps:
         pool = KEEPS[kind]
-        new = [_set(old, one, at[pool]) for old, one in zip(carry.pools[pool], keeps, strict=True)]
-        carry = carry._replace(pools=carry.pools | {pool: new})
+        carry = carry._replace(pools=carry.pools | {pool: written(carry.pools[pool], keeps, at[pool])})
     return carry._replace(**done), message
 
 
@@ -230,8 +190,10 @@ def _branch(score: Score, kind: str, role: int, shelves: dict[str, Shelves], par
         rows, firsts = (_of_stage(score, role, at["stage"], field) for field in ("row", "first"))
         given = given_of(score, role, (params, carry.extra, batch), came, (at, rows, firsts))
         held = [
-            _held(carry.pools, before, shelves[before].of[role], at) if KINDS.index(kind) > KINDS.index(before) else []
-            for before in KEEPS
+            taken([carry.pools[pool][shelf] for shelf in shelves[before].of[role]], at[pool])
+            if KINDS.index(kind) > KINDS.index(before)
+            else []
+            for before, pool in KEEPS.items()
         ]
         made, keeps = work.run(given, *held)
         for shelf, one in zip(own_shelves.of[role] if keeps else [], keeps, strict=True):
@@ -270,7 +232,7 @@ def given_of(score: Score, role: int, arrays: tuple, came: dict, where: tuple) -
         forward=forward,
         backward=backward,
         x=() if takes is None else came["x"],
-        data=tuple(_get(leaf, at["microbatch"]) for leaf in batch),
+        data=tuple(taken(batch, at["microbatch"])),
         place=(jnp.int32(at["microbatch"]), tuple(firsts)),
         seed=seed,
     )
@@ -285,16 +247,3 @@ def _of_stage(score: Score, role: int, stage, field: str) -> list:
         found.append(jnp.int32(own.pop()) if len(own) == 1 else jnp.asarray(values, jnp.int32)[stage])
     over = (PIPE,) if score.table.devices > 1 else ()
     return [compat.vary(value, over) for value in found]
-
-
-def _held(pools: dict[str, list], kind: str, shelves: list[int], at: dict) -> list:
-    """What earlier work of one kind kept."""
-    return [_get(pools[KEEPS[kind]][shelf], at[KEEPS[kind]]) for shelf in shelves]
-
-
-def _get(pool, slot):
-    return lax.dynamic_index_in_dim(pool, slot, 0, keepdims=False)
-
-
-def _set(pool, value, slot):
-    return lax.dynamic_update_index_in_dim(pool, value, slot, 0)

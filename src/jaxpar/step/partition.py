@@ -77,7 +77,7 @@ def _constrain(placement: Placement, mesh: Mesh) -> Callable:
     def constrain(a, dims, role):
         if role == "weight":
             stored = (*((),) * (a.ndim - 2), *layout.weight(placement, dims))  # a kernel has two more dims in front
-            words = ("-", "-", *dims.split())[-a.ndim :]
+            words = (*["-"] * (a.ndim - 2), *dims.split())
             features = (layout.features(placement, word) for word in words)
             used = (tuple(axis for axis in axes if axis in own) for axes, own in zip(stored, features, strict=True))
             return held(held(a, stored), used)  # the gradient goes straight to where the weight is stored

@@ -12,6 +12,7 @@ from jaxpar.plan import offload, zero
 from jaxpar.plan.context import Settings, context
 from jaxpar.step import stages
 from jaxpar.step.cut import Value, cut, trace
+from jaxpar.step.messages import Boundary
 from jaxpar.step.stages import Stage
 
 GATHERS = ("all_gather", "all_gather_invariant", "all_gather_reduced")
@@ -35,7 +36,7 @@ class Given(NamedTuple):
     Attributes:
         own: parameters, by the name of the part.
         forward, backward: the two halves of the state without gradient, by the name of the part.
-        x: what came from the stage before; () on the first stage.
+        x: the message of the stage before; () on the first stage.
         data: (inputs, labels) of the microbatch.
         place: (number of the microbatch, number of the first block of each piece).
         seed: gradient of the loss by what the stage gives.
@@ -54,10 +55,10 @@ class Made(NamedTuple):
     """What a piece of work makes, as far as it does; None where it does not.
 
     Attributes:
-        y: what goes to the next stage.
+        y: the message to the next stage.
         loss: the device's part of the mean loss, on the last stage.
         forward: new state without gradient.
-        x: gradient of what came from the stage before.
+        x: gradient of the message of the stage before.
         backward: new state of the backward pass.
         own: gradients of parameters, by the name of the part.
     """
@@ -84,44 +85,17 @@ class Work(NamedTuple):
     keeps: tuple = ()
 
 
-class Boundary(NamedTuple):
-    """What travels between stages, as one shape: of results that differ each is sent flat, filled up to the longest.
-
-    Attributes:
-        shape, dtype: of a message.
-        axes: mesh axes over which it varies.
-    """
-
-    shape: tuple[int, ...]
-    dtype: Any
-    axes: tuple[str, ...]
-
-    def send(self, y):
-        """`y` as a message."""
-        flat = y if y.shape == self.shape else jnp.pad(y.reshape(-1), (0, self.shape[0] - y.size))
-        return compat.vary(flat.astype(self.dtype), self.axes)
-
-    def receive(self, message, like: jax.ShapeDtypeStruct):
-        """A message as what the stage before gave."""
-        whole = message if like.shape == self.shape else message[: like.size].reshape(like.shape)
-        return whole.astype(like.dtype)
-
-    def nothing(self):
-        """A message of zeros."""
-        return compat.vary(jnp.zeros(self.shape, self.dtype), self.axes)
-
-
 class Role(NamedTuple):
     """What stages that run the same code have in common.
 
     Attributes:
         stage: one of them.
-        takes: what it receives; None on the first stage.
+        takes: what it receives, a tree of shapes; None on the first stage.
         last: whether it ends with the loss.
     """
 
     stage: Stage
-    takes: jax.ShapeDtypeStruct | None
+    takes: Tree
     last: bool
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ from jaxpar.plan.context import Settings, context
 from jaxpar.plan.layout import PIPE
 from jaxpar.step import executor, pieces, stages
 from jaxpar.step.executor import Score
-from jaxpar.step.pieces import Boundary, Given, Role
+from jaxpar.step.messages import Boundary, boundary
+from jaxpar.step.pieces import Given, Role
 from jaxpar.step.stages import Stage
 
 
@@ -49,12 +51,12 @@ def score(table: Timetable, cut: Sequence[Stage], settings: Settings, manner: Ma
     """
     split = manner.learn and "W" in table.kinds
     settings = settings._replace(unroll=True) if split else settings  # a scan finds both gradients at once
-    boundary, takes, loss = _walk(cut, settings, manner, local)
+    between, takes, loss = _walk(cut, settings, manner, local)
     roles, role_of = _roles(cut, takes)
-    empty = Score(table, tuple(cut), roles, role_of, ({},) * len(roles), boundary, loss, manner.scale)
+    empty = Score(table, tuple(cut), roles, role_of, ({},) * len(roles), between, loss, manner.scale)
     works = []
     for number, role in enumerate(roles):
-        forward = pieces.forward_of(role, settings, boundary, manner.examples, manner.loss)
+        forward = pieces.forward_of(role, settings, between, manner.examples, manner.loss)
         if not manner.learn:
             works.append(pieces.forward_work(role, forward))
             continue
@@ -158,13 +160,10 @@ def _walk(cut: Sequence[Stage], settings: Settings, manner: Manner, local: tuple
         takes, loss = _shapes(cut, settings, manner, local, axes)
         if len(cut) == 1:
             return None, takes, loss
-        found = tuple(sorted({*axes, *(axis for one in takes[1:] for axis in compat.varying_axes(one))}))
+        found = tuple(sorted({*axes, *(axis for leaf in jax.tree.leaves(takes[1:]) for axis in _axes(leaf))}))
         if found == axes:
-            break
+            return boundary(takes[1:], axes), takes, loss
         axes = found
-    shapes = {one.shape for one in takes[1:]}
-    shape = shapes.pop() if len(shapes) == 1 else (max(one.size for one in takes[1:]),)
-    return Boundary(shape, jnp.result_type(*(one.dtype for one in takes[1:])), axes), takes, loss
 
 
 def _shapes(cut: Sequence[Stage], settings: Settings, manner: Manner, local: tuple, axes: tuple[str, ...]):
@@ -173,8 +172,11 @@ def _shapes(cut: Sequence[Stage], settings: Settings, manner: Manner, local: tup
     known: dict = {}
     takes, taken = [None], None
 
-    def run(stage, like, last):
-        x = batch[0][0] if like is None else compat.vary(jnp.zeros(like.shape, like.dtype), (*axes, *_axes(like)))
+    def zeros(like):
+        return compat.vary(jnp.zeros(like.shape, like.dtype), (*axes, *_axes(like)))
+
+    def run(stage, like, number, last):
+        x = jax.tree.map(zeros, like) if number else batch[0][0]
         own = stages.params_of(stage, params), stages.extra_of(stage, extra)
         y, _ = stages.apply(stage, *own, x, settings)
         return manner.loss(context(settings), y, batch[1][0]) if last else y
@@ -182,9 +184,10 @@ def _shapes(cut: Sequence[Stage], settings: Settings, manner: Manner, local: tup
     for number, stage in enumerate(cut):
         last = number == len(cut) - 1
         names = tuple((piece.part.name, piece.count) for piece in stage)
-        key = names, number == 0, last, taken and (taken.shape, taken.dtype, _axes(taken))
+        leaves, structure = jax.tree.flatten(taken)
+        key = names, number == 0, last, structure, tuple((leaf.shape, leaf.dtype, _axes(leaf)) for leaf in leaves)
         if key not in known:
-            known[key] = jax.eval_shape(lambda stage=stage, like=taken, last=last: run(stage, like, last))
+            known[key] = jax.eval_shape(partial(run, stage, taken, number, last))
         taken = known[key]
         takes.append(taken)
     return takes[:-1], takes[-1]

@@ -163,7 +163,7 @@ def costs_of(model: Layer, settings: Settings, inputs) -> list[float]:
             return apply(stage, *own, x, settings._replace(train=False))[0]
 
         traced, x = jax.make_jaxpr(run, return_shape=True)(x, params, extra)
-        found.append(products.flops(traced.jaxpr) + 4.0 * x.size)
+        found.append(products.flops(traced.jaxpr) + 4.0 * sum(leaf.size for leaf in jax.tree.leaves(x)))
     return found
 
 
