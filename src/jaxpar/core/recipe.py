@@ -46,13 +46,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """Which data.
+    """Which data; a field that the dataset does not have must stay None.
 
     Attributes:
         name: a member of datasets/, or path/to/file.py:name.
+        augment: whether training images are shifted and mirrored at random; by default as the dataset has it.
     """
 
     name: str = "stdlib_text"
+    augment: bool | None = None
 
 
 @dataclass(frozen=True)

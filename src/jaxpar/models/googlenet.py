@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from functools import partial
 
-from jaxpar.core.images import sides
 from jaxpar.core.parts import chain, parallel
 from jaxpar.core.refuse import Problem, Refused
+from jaxpar.core.space import sides
 from jaxpar.core.types import Layer
 from jaxpar.layers.conv import conv
 from jaxpar.layers.dense import activation as function_named

@@ -291,4 +291,5 @@ def _in_recipe(problem: Problem) -> Problem:
 def _dataset(recipe: Recipe, data_dir: str | None) -> Dataset:
     builder = family.pick("datasets", recipe.data.name, "data.name")
     fields = model_fields(recipe, None) | {"batch": recipe.batch, "seed": recipe.seed, "data_dir": data_dir}
+    fields |= {"augment": recipe.data.augment}
     return builder(**family.accepted(builder, fields))
