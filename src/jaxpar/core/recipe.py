@@ -24,7 +24,7 @@ class Model:
         vocab: tokens or classes; by default what the data has.
         dropout: share of entries zeroed in training.
         norm: a member of norms/.
-        activation: gelu (exact), gelu_tanh or relu.
+        activation: gelu (exact), gelu_tanh, relu or tanh.
         bias: whether projections and norms have a bias.
         tied: whether the head is the token table.
     """
@@ -46,13 +46,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """Which data.
+    """Which data; a field that the dataset does not have must stay None.
 
     Attributes:
         name: a member of datasets/, or path/to/file.py:name.
+        augment: whether training images are shifted and mirrored at random; by default as the dataset has it.
     """
 
     name: str = "stdlib_text"
+    augment: bool | None = None
 
 
 @dataclass(frozen=True)

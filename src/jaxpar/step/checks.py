@@ -57,6 +57,10 @@ def unknown_fields(recipe: Recipe, builder):
     if data is None:  # it may have any field; `_dataset` says what is wrong
         return
     own, known = (sorted(family.parameters(member)) for member in (builder, data))
+    for field in ("augment",):
+        if getattr(recipe.data, field) is not None and field not in known:
+            rule = f"the dataset {recipe.data.name} has no such field."
+            yield Problem(f"data.{field}", getattr(recipe.data, field), rule, "leave it out")
     for field in dataclasses.fields(recipe.model):
         value = getattr(recipe.model, field.name)
         if field.name != "name" and value is not None and field.name not in (*own, *known):

@@ -248,7 +248,7 @@ def _dims(recipe: Recipe, fields: dict, labels) -> dict[str, int]:
     """Entries of the dims that the plan may split and that are none of a parameter."""
     sizes = {"batch": recipe.batch // recipe.plan.microbatches}
     sizes |= {name: fields[name] for name in ("kv_heads", "context", "heads") if fields.get(name)}
-    return sizes | ({"context": labels.shape[1]} if labels and len(labels.shape) > 1 else {})
+    return sizes | ({"context": labels.shape[1]} if labels and len(labels.shape) == 2 else {})
 
 
 def model_fields(recipe: Recipe, classes: int | None) -> dict:
@@ -291,4 +291,5 @@ def _in_recipe(problem: Problem) -> Problem:
 def _dataset(recipe: Recipe, data_dir: str | None) -> Dataset:
     builder = family.pick("datasets", recipe.data.name, "data.name")
     fields = model_fields(recipe, None) | {"batch": recipe.batch, "seed": recipe.seed, "data_dir": data_dir}
+    fields |= {"augment": recipe.data.augment}
     return builder(**family.accepted(builder, fields))
