@@ -1,5 +1,17 @@
-"""Streaming normalization."""
+"""Streaming normalization: statistics of all examples so far, and their gradients by those of all so far.
 
+A stream of numbers has a short-term mean, over the microbatches since the weights changed, and a long-term one: `keep`
+of itself and 1 - `keep` of the short-term one, whenever the weights change. There is one stream for each of
+
+    m = long-term m' * long + short-term m' * (1 - long), m' the mean of a microbatch
+    v likewise of the mean square of x - m
+    y = (x - m) / sqrt(v + eps)
+
+and, on the way back, for the gradients of the loss by m and by v, of which the microbatch gets long-term * `back` + its
+own * `current` + short-term * the rest.
+"""
+
+import math
 from functools import partial
 
 import jax
@@ -7,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core import compat
-from jaxpar.core.moments import affine, moved, rows, wide
+from jaxpar.core.moments import affine, moved, ranges, rows, wide
 from jaxpar.core.types import Layer
 
 
@@ -21,18 +33,9 @@ def streaming(
     eps: float = 1e-5,
     bias: bool = True,
 ) -> Layer:
-    """Shift and scale each feature by statistics of all examples so far, and their gradients by those of all so far.
+    """Shift and scale each feature by the streamed statistics of all examples so far.
 
-    A stream of numbers has a short-term mean, over the microbatches since the weights changed, and a long-term one:
-    `keep` of itself and 1 - `keep` of the short-term one, whenever the weights change. There is one stream for each of
-
-        m = long-term m' * long + short-term m' * (1 - long), m' the mean of a microbatch
-        v likewise of the mean square of x - m
-        y = (x - m) / sqrt(v + eps)
-
-    and, on the way back, for the gradients of the loss by m and by v, of which the microbatch gets
-    long-term * `back` + its own * `current` + short-term * the rest. So a microbatch may be a single example, and with
-    long = back = 0 and current = 1 it is batch normalization.
+    A microbatch may be a single example. With long = back = 0 and current = 1 it is batch normalization.
 
     Args:
         width: size of the last dim of x, over all devices.
@@ -46,20 +49,16 @@ def streaming(
 
     Returns:
         A layer from `x[batch, .., width]` to the same shape and dtype; its state has a half for each pass. Not for
-        loops over time, in which weights change after all steps. Under a loss scale gradients of statistics are kept
-        as they come, scaled.
+        loops over time. Under a loss scale the gradients of statistics are kept as they come, scaled.
 
     Source: Liao, Kawaguchi and Poggio 2016, arXiv:1610.06160, "streaming normalization" with p = 2, as the authors
         restate it in github.com/liaoq/StreamingNorm (README, streaming.py); the weights are those that it gives for
         online and recurrent learning. There v is of x less the mean of its own microbatch, which is 0 for one example.
     """
+    ranges("streaming", eps=(eps, 0, math.inf), keep=(keep, 0, 1), long=(long, 0, 1), back=(back, 0, 1))
+    ranges("streaming", current=(current, 0, 1 - back))
     init, names = affine(width, dims, bias=bias)
     behind, ahead = (long, 1 - long, 0.0), (back, 1 - back - current, current)
-
-    def start(key):
-        forward = _empty("mean", jnp.zeros(width)) | _empty("variance", jnp.ones(width))
-        backward = _empty("mean", jnp.zeros(width)) | _empty("variance", jnp.zeros(width))
-        return init(), {"forward": forward, "backward": backward}
 
     def apply(params, extra, x, ctx):
         held = extra["forward"]
@@ -70,27 +69,41 @@ def streaming(
         def mean(a):
             return jax.lax.stop_gradient(ctx.mean(a, dims, rows(x))).reshape(-1)
 
-        fresh = jnp.asarray(ctx.fresh)
-        own = mean(wide(x))
-        new = _pushed(held, "mean", own, fresh, keep)
-        middle = _combined(new, "mean", own, behind)
-        new |= _pushed(held, "variance", mean((wide(x) - middle) ** 2), fresh, keep)
-        scale = jax.lax.rsqrt(_combined(new, "variance", None, behind) + eps)
-        used = jax.lax.stop_gradient((own, middle, scale, fresh.astype(scale.dtype)))
-        axes = sorted({axis for leaf in (x, *jax.tree.leaves(params)) for axis in compat.varying_axes(leaf)})
-        x, params = jax.tree.map(lambda leaf: compat.vary(leaf, axes), (x, params))
-        y = _streamed(mean, (keep, ahead), x, params, used, extra["backward"])
-        return checkpoint_name(y, "norm"), extra | {"forward": jax.lax.stop_gradient(new)}
+        return _trained(mean, (keep, behind, ahead, eps), params, extra, x, jnp.asarray(ctx.fresh))
 
-    stream = {"long": dims, "short": dims, "microbatches": "", "updates": ""}
-    half = {f"{name}_{leaf}": words for name in ("mean", "variance") for leaf, words in stream.items()}
-    return Layer(start, apply, dims=(names, {"forward": half, "backward": half}))
+    def start(key):
+        zeros = _empty("mean", jnp.zeros(width))
+        forward, backward = (zeros | _empty("variance", jnp.full(width, first)) for first in (1.0, 0.0))
+        return init(), {"forward": forward, "backward": backward}
+
+    return Layer(start, apply, dims=(names, dict.fromkeys(("forward", "backward"), _words(dims))))
+
+
+def _trained(mean, how, params, extra, x, fresh):
+    """What `streaming` gives in training, for `mean(a) -> [width]` over the microbatch."""
+    keep, behind, ahead, eps = how
+    held, own = extra["forward"], mean(wide(x))
+    new = _pushed(held, "mean", own, fresh, keep)
+    middle = _combined(new, "mean", own, behind)
+    new |= _pushed(held, "variance", mean((wide(x) - middle) ** 2), fresh, keep)
+    scale = jax.lax.rsqrt(_combined(new, "variance", None, behind) + eps)
+    used = jax.lax.stop_gradient((own, middle, scale, fresh.astype(scale.dtype)))
+    axes = sorted({axis for leaf in (x, *jax.tree.leaves(params)) for axis in compat.varying_axes(leaf)})
+    x, params = jax.tree.map(lambda leaf: compat.vary(leaf, axes), (x, params))
+    y = _streamed(mean, (keep, ahead), x, params, used, extra["backward"])
+    return checkpoint_name(y, "norm"), extra | {"forward": jax.lax.stop_gradient(new)}
 
 
 def _empty(name: str, like) -> dict:
     """A stream to which nothing was pushed."""
     none = jnp.zeros(())
     return {f"{name}_long": like, f"{name}_short": like, f"{name}_microbatches": none, f"{name}_updates": none}
+
+
+def _words(dims: str) -> dict[str, str]:
+    """Dims of the streams of one pass."""
+    leaves = {"long": dims, "short": dims, "microbatches": "", "updates": ""}
+    return {f"{name}_{leaf}": words for name in ("mean", "variance") for leaf, words in leaves.items()}
 
 
 def _pushed(held, name: str, now, fresh, keep: float) -> dict:

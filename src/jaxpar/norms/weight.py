@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxpar.core.moments import affine, moved, rows, wide
+from jaxpar.core.moments import affine, moved, ranges, rows, wide
 from jaxpar.core.types import Layer
 
 READS = "squares"  # of the weights of the product before it
@@ -28,6 +28,7 @@ def weight(width: int, dims: str = "embed", mean_only: bool = False, keep: float
 
     Source: Salimans and Kingma 2016, arXiv:1602.07868, eqs. 2 and 3; for mean-only batch normalization section 2.3.
     """
+    ranges("weight", keep=(keep, 0, 1))
     init, names = affine(width, dims, bias=bias)
 
     def start(key):
