@@ -285,7 +285,7 @@ def test_weight_norm_starts_from_data():
         return weight.started(params["norm"], (x @ w, (w**2).sum(0)), ctx)
 
     class One:
-        mean = staticmethod(lambda a, dims, over: a.mean(0, keepdims=True))
+        mean = staticmethod(lambda a, dims, over, **_: a.mean(0, keepdims=True))
 
     apply = laid_out(layer, "data=1", {"batch": 64}, ("batch -", "batch embed"))
     y, _ = apply(params | {"norm": start(One)}, extra, x)

@@ -59,7 +59,7 @@ def batch(
         count = whole // replicas
         now = {"mean": mean, "variance": variance * count / max(count - 1, 1)}
         if replicas > 1:
-            now = {name: ctx.mean(one, dims, "batch") for name, one in now.items()}
+            now = {name: ctx.mean(one, dims, "batch", trained=False) for name, one in now.items()}
         if cumulative:
             running = running | {"count": running["count"] + 1}
         share = 1 / running["count"] if cumulative else 1 - keep

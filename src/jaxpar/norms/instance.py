@@ -60,7 +60,7 @@ def instance(
         if not running:
             return y, extra
         now = {"mean": mean, "variance": variance * count / (count - 1)}
-        now = {name: ctx.mean(one, dims, "batch").reshape(-1) for name, one in now.items()}
+        now = {name: ctx.mean(one, dims, "batch", trained=False).reshape(-1) for name, one in now.items()}
         return y, {"forward": {name: keep * held[name] + (1 - keep) * one for name, one in now.items()}}
 
     state = {"forward": {"mean": dims, "variance": dims}} if running else {}
