@@ -42,6 +42,9 @@ SMALL = {
     # smooth: rounding may move a ReLU's input across 0, which changes its gradient at once
     "convnet": Model("convnet", layers=2, width=16, hidden=32, activation="gelu_tanh"),
 }
+# shapes of images, where the smallest will not do
+IMAGES = {"resnet": (8, 8, 1), "unet": (8, 8, 1), "lenet": (8, 8, 1), "vgg": (32, 32, 1), "googlenet": (32, 32, 1)}
+IMAGES |= {"alexnet": (63, 63, 1)}
 
 
 HISTORY = {"scale": 1.0, "amax": 0.0}  # of an operand under delayed scaling that was never used
@@ -71,14 +74,16 @@ def batch_of(recipe: Recipe, step: int = 0):
         inputs, labels = tokens[:, :-1], tokens[:, 1:].copy()
         labels[0, 0] = -1
         return inputs, labels
-    images, labels = rng.normal(size=(recipe.batch, 4, 4, 1)), rng.integers(0, 10, recipe.batch)
+    example = IMAGES.get(recipe.model.name, (4, 4, 1))
+    each = example[:-1] if recipe.model.name == "unet" else ()  # a class for each pixel
+    images, labels = rng.normal(size=(recipe.batch, *example)), rng.integers(0, 10, (recipe.batch, *each))
     return images.astype(np.float32), labels.astype(np.int32)
 
 
 def built(recipe: Recipe) -> tuple[Parts, Program]:
     """The parts and the program of a recipe, for the batches of `batch_of`."""
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in batch_of(recipe)]
-    parts = assemble(recipe, *shapes, CLASSES if len(shapes[1].shape) > 1 else 10)
+    parts = assemble(recipe, *shapes, CLASSES if len(shapes[1].shape) == 2 else 10)
     return parts, program(parts)
 
 

@@ -66,6 +66,20 @@ def residual(parts: dict[str, Layer]) -> Layer:
     return body._replace(apply=apply, parts=())
 
 
+def parallel(parts: dict[str, Layer], merge: Callable) -> Layer:
+    """Several layers that take the same x; `merge(ctx, *ys)` makes one of what they give, in order."""
+    init, dims = join(parts)
+
+    def apply(params, extra, x, ctx):
+        ys, new = [], {}
+        for name, part in parts.items():
+            y, new[name] = part.apply(params[name], extra[name], x, ctx)
+            ys.append(y)
+        return merge(ctx, *ys), new
+
+    return Layer(init, apply, dims)
+
+
 def broadened(y, row):
     """y plus what is broadcast over its rows, such as a bias; rounded once, to the dtype of y.
 

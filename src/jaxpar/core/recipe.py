@@ -24,7 +24,7 @@ class Model:
         vocab: tokens or classes; by default what the data has.
         dropout: share of entries zeroed in training.
         norm: a member of norms/.
-        activation: gelu (exact), gelu_tanh or relu.
+        activation: gelu (exact), gelu_tanh, relu or tanh.
         bias: whether projections and norms have a bias.
         tied: whether the head is the token table.
     """

@@ -13,11 +13,12 @@ ACTIVATIONS = {
     "gelu": compat.gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
 }
 
 
 def activation(name: str):
-    """The elementwise function called `name`: exact `gelu`, `gelu_tanh`, or `relu`.
+    """The elementwise function called `name`: exact `gelu`, `gelu_tanh`, `relu` or `tanh`.
 
     Raises:
         Refused: if there is none; the message has the likeliest name.

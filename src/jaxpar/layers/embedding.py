@@ -45,16 +45,17 @@ def positions(context: int, width: int, deviation: float = 0.02) -> Layer:
     return Layer(init, apply, dims=({"table": "context embed"}, {}))
 
 
-def head(width: int, classes: int, deviation: float = 0.02) -> Layer:
+def head(width: int, classes: int, deviation: float = 0.02, bias: bool = False) -> Layer:
     """Logits from the features, `y[..., classes]`; entries added by padding get the logit `MASKED`."""
 
     def init(key):
-        return {"weight": normal(key, (width, classes), deviation)}, {}
+        params = {"weight": normal(key, (width, classes), deviation)}
+        return (params | {"bias": jnp.zeros(classes)} if bias else params), {}
 
     def apply(params, extra, x, ctx):
-        return logits(ctx, x, params["weight"], classes), extra
+        return logits(ctx, x, params["weight"], classes, params.get("bias")), extra
 
-    return Layer(init, apply, dims=({"weight": "embed vocab"}, {}))
+    return Layer(init, apply, dims=({"weight": "embed vocab"} | ({"bias": "vocab"} if bias else {}), {}))
 
 
 def tied_head(classes: int) -> Layer:
@@ -66,9 +67,10 @@ def tied_head(classes: int) -> Layer:
     return Layer(lambda key: ({}, {}), apply, ({}, {}))
 
 
-def logits(ctx, x, weight, classes: int):
-    """x times `weight["embed vocab"]`, with padding masked; a tied head passes its table transposed."""
+def logits(ctx, x, weight, classes: int, bias=None):
+    """x times `weight["embed vocab"]`, plus a bias, with padding masked; a tied head passes its table transposed."""
     y = ctx.dot(x, weight, "embed vocab").astype(jnp.float32)
+    y = y if bias is None else y + bias
     count = y.shape[-1]
     return jnp.where(ctx.start("vocab", count) + jnp.arange(count) < classes, y, MASKED)
 

@@ -1,11 +1,11 @@
 """A small residual convolutional classifier with batch norm."""
 
-from jaxpar.core import family
 from jaxpar.core.parts import chain, function, residual
 from jaxpar.core.types import Layer
 from jaxpar.layers.conv import conv
 from jaxpar.layers.dense import activation as function_named
 from jaxpar.layers.embedding import head
+from jaxpar.layers.normalized import free
 from jaxpar.layers.stack import stack
 
 
@@ -33,7 +33,7 @@ def convnet(
     Source: He et al. 2016, arXiv:1512.03385, section 3, without its changes of size.
     """
     hidden = hidden or width
-    make_norm, between = family.pick("norms", norm, "model.norm"), function_named(activation)
+    make_norm, between = free(norm), function_named(activation)
     act = function(lambda x, ctx: between(x))
     branch = {
         "conv_1": conv(width, hidden, "embed channels"),

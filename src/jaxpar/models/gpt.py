@@ -1,12 +1,12 @@
 """GPT-2: a decoder-only transformer with learned positions and norms before each part."""
 
-from jaxpar.core import family
 from jaxpar.core.parts import chain, residual
 from jaxpar.core.types import Layer
 from jaxpar.layers.attention import attention
 from jaxpar.layers.dense import mlp
 from jaxpar.layers.dropout import dropout as dropout_layer
 from jaxpar.layers.embedding import language, positions
+from jaxpar.layers.normalized import free
 from jaxpar.layers.stack import stack
 
 
@@ -44,7 +44,7 @@ def gpt(
     Source: Radford et al. 2019, section 2.3, with the initial values of its code: deviation 0.02, and 0.02 over
         sqrt(2 layers) for the projections that end a branch.
     """
-    make_norm = family.pick("norms", norm, "model.norm")
+    make_norm = free(norm, causal=True)
     rate, ending = dropout, 0.02 / (2 * layers) ** 0.5
     branches = {
         "attention": attention(width, heads, kv_heads or heads, bias=bias, dropout=rate, out_deviation=ending),

@@ -1,11 +1,11 @@
 """A language model of gated recurrent units."""
 
-from jaxpar.core import family
 from jaxpar.core.parts import residual
 from jaxpar.core.types import Layer
 from jaxpar.layers.dense import dense
 from jaxpar.layers.dropout import dropout as dropout_layer
 from jaxpar.layers.embedding import language
+from jaxpar.layers.normalized import free
 from jaxpar.layers.recurrent import gru as recurrence
 from jaxpar.layers.stack import stack
 
@@ -33,7 +33,7 @@ def gru(
         bias: whether projections, gates and norms have one.
         tied: whether the head is the token table.
     """
-    make_norm, hidden = family.pick("norms", norm, "model.norm"), hidden or width
+    make_norm, hidden = free(norm, causal=True), hidden or width
     block = {
         "norm": make_norm(width, bias=bias),
         "recurrence": recurrence(width, hidden, bias=bias),

@@ -4,19 +4,32 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
+from jaxpar.core.moments import affine, moved, rows, standardized, wide
 from jaxpar.core.types import Layer
 
 
-def batch(width: int, dims: str = "embed", eps: float = 1e-5, keep: float = 0.9, bias: bool = True) -> Layer:
-    """Shift and scale each feature by the mean and variance of the whole microbatch, over all devices.
+def batch(
+    width: int,
+    dims: str = "embed",
+    eps: float = 1e-5,
+    keep: float = 0.9,
+    replicas: int = 1,
+    cumulative: bool = False,
+    bias: bool = True,
+) -> Layer:
+    """Shift and scale each feature by the mean and variance of the microbatch, over all devices, or of parts of it.
 
     Args:
         width: size of the last dim of x, over all devices.
         dims: name of that dim.
         eps: added to the variance, so in units of x squared.
         keep: share of the running statistics that a step keeps; torch's momentum is 1 - keep.
+        replicas: into how many runs of consecutive examples the microbatch is cut, each with statistics of its own, as
+            on devices that do not talk of them; with as many as the data axis has devices, none are sent for y and its
+            gradient. The running statistics are the mean of those of all parts, one small sum.
+        cumulative: whether the running statistics are the mean of those of all microbatches; `keep` then counts for
+            nothing. Torch's momentum None.
         bias: whether to have a bias.
 
     Returns:
@@ -25,26 +38,28 @@ def batch(width: int, dims: str = "embed", eps: float = 1e-5, keep: float = 0.9,
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167, algorithms 1 and 2.
     """
+    init, names = affine(width, dims, bias=bias)
 
-    def init(key):
-        params = {"gain": jnp.ones(width)} | ({"bias": jnp.zeros(width)} if bias else {})
-        return params, {"forward": {"mean": jnp.zeros(width), "variance": jnp.ones(width)}}
+    def start(key):
+        running = {"mean": jnp.zeros(width), "variance": jnp.ones(width)}
+        return init(), {"forward": running | ({"count": jnp.zeros(())} if cumulative else {})}
 
     def apply(params, extra, x, ctx):
-        over = {2: "batch", 3: "batch context", 4: "batch height width"}[x.ndim]
-        centred, running = x.astype(jnp.float32), extra["forward"]
-        if ctx.train:
-            mean = ctx.mean(centred, dims, over)
-            centred = centred - mean
-            variance = ctx.mean(centred**2, dims, over)
-            count = math.prod(ctx.extent(word, n, beside=dims) for word, n in zip(over.split(), x.shape, strict=False))
-            new = {"mean": mean, "variance": variance * count / max(count - 1, 1)}
-            new = jax.tree.map(lambda now: jax.lax.stop_gradient(now).reshape(-1), new)
-            extra = {"forward": jax.tree.map(lambda old, now: keep * old + (1 - keep) * now, running, new)}
-        else:
-            centred, variance = centred - running["mean"], running["variance"]
-        y = centred * jax.lax.rsqrt(variance + eps) * params["gain"]
-        return checkpoint_name((y + params["bias"] if bias else y).astype(x.dtype), "norm"), extra
+        over, running = rows(x), extra["forward"]
+        if not ctx.train:
+            y = (wide(x) - running["mean"]) * jax.lax.rsqrt(running["variance"] + eps)
+            return moved(params, y, x.dtype), extra
+        y, (mean, variance) = standardized(lambda a: ctx.mean(a, dims, over, {"batch": replicas}), x, params, eps)
+        whole = math.prod(ctx.extent(word, n, beside=dims) for word, n in zip(over.split(), x.shape, strict=False))
+        count = whole // replicas
+        now = {"mean": mean, "variance": variance * count / max(count - 1, 1)}
+        if replicas > 1:
+            now = {name: ctx.mean(one, dims, "batch") for name, one in now.items()}
+        if cumulative:
+            running = running | {"count": running["count"] + 1}
+        share = 1 / running["count"] if cumulative else 1 - keep
+        new = {name: (1 - share) * running[name] + share * one.reshape(-1) for name, one in now.items()}
+        return y, {"forward": running | new}
 
-    names = {"gain": dims} | ({"bias": dims} if bias else {})
-    return Layer(init, apply, dims=(names, {"forward": {"mean": dims, "variance": dims}}))
+    state = {"mean": dims, "variance": dims} | ({"count": ""} if cumulative else {})
+    return Layer(start, apply, dims=(names, {"forward": state}))

@@ -164,7 +164,7 @@ def _recording(ctx: Context, calls: list[tuple]) -> Context:
         inside.pop()
         return found
 
-    def conv(x, w, dims, strides=1):
-        return ctx.conv(x, *noted((w,)), dims, strides)
+    def conv(x, w, *rest, **window):
+        return ctx.conv(x, *noted((w,)), *rest, **window)
 
     return ctx._replace(dot=dot, conv=conv, loop=loop)

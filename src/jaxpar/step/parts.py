@@ -250,7 +250,7 @@ def _dims(recipe: Recipe, fields: dict, labels) -> dict[str, int]:
     """Entries of the dims that the plan may split and that are none of a parameter."""
     sizes = {"batch": recipe.batch // recipe.plan.microbatches}
     sizes |= {name: fields[name] for name in ("kv_heads", "context", "heads") if fields.get(name)}
-    return sizes | ({"context": labels.shape[1]} if labels and len(labels.shape) > 1 else {})
+    return sizes | ({"context": labels.shape[1]} if labels and len(labels.shape) == 2 else {})
 
 
 def model_fields(recipe: Recipe, classes: int | None) -> dict:
