@@ -250,15 +250,15 @@ def test_cifar_is_augmented_unless_the_recipe_says_otherwise(monkeypatch, tmp_pa
     def inputs(data):
         return prepare(Recipe(Model("mlp", layers=1, width=8), data, batch=8), str(tmp_path))[1].batch(0)[0]
 
-    on, off = inputs(Data(name, augment=True)), inputs(Data(name, augment=False))
+    on, off = inputs(Data(f"{name}:augment=true")), inputs(Data(f"{name}:augment=false"))
     assert (on != off).any()
     np.testing.assert_array_equal(inputs(Data(name)), on if default else off)
 
 
 def test_augment_is_refused_where_there_is_nothing_to_augment():
     for name in ("digits", "stdlib_text"):
-        recipe = Recipe(Model("mlp", layers=1, width=8), Data(name, augment=True), batch=8)
-        with pytest.raises(Refused, match=rf"data.augment = True: the dataset {name} has no such field"):
+        recipe = Recipe(Model("mlp", layers=1, width=8), Data(f"{name}:augment=true"), batch=8)
+        with pytest.raises(Refused, match=rf"data.name = {name}:augment=true: {name} has no `augment`"):
             prepare(recipe)
 
 

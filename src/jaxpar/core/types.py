@@ -68,6 +68,7 @@ class Context(NamedTuple):
         concat: `concat([x, y], "embed")`: joined along the features, in the order that one device has them in.
         lookup: `lookup(table, ids)`: rows of `table["vocab embed"]`.
         cross_entropy: `cross_entropy(logits, labels)`: nats per row, 0 where the label is negative.
+        correct: `correct(logits, labels)`: 1 where the largest logit, the first of equal ones, is that of the label.
         start: `start("heads", 4)`: global index of the first of 4 local entries of a dim; for a row dim
             `start("context", 8, beside="embed")`, since rows may lie differently beside outer and inner features.
         extent: `extent("batch", 4, beside="embed")`: entries over all devices of a dim that has 4 here.
@@ -88,6 +89,7 @@ class Context(NamedTuple):
     concat: Callable
     lookup: Callable
     cross_entropy: Callable
+    correct: Callable
     start: Callable
     extent: Callable
     dropout: Callable

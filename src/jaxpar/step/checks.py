@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxpar.core import family
+from jaxpar.core import family, spec
 from jaxpar.core import order as whole
 from jaxpar.core.cells import Order
 from jaxpar.core.recipe import Recipe
@@ -54,14 +54,10 @@ def of_numbers(recipe: Recipe):
 
 def unknown_fields(recipe: Recipe, builder):
     """Fields that are set although neither the model nor the data has them."""
-    data = Collector([]).attempt(family.pick, "datasets", recipe.data.name)
+    data = Collector([]).attempt(spec.member, "datasets", recipe.data.name, "data.name")
     if data is None:  # it may have any field; `_dataset` says what is wrong
         return
     own, known = (sorted(family.parameters(member)) for member in (builder, data))
-    for field in ("augment",):
-        if getattr(recipe.data, field) is not None and field not in known:
-            rule = f"the dataset {recipe.data.name} has no such field."
-            yield Problem(f"data.{field}", getattr(recipe.data, field), rule, "leave it out")
     for field in dataclasses.fields(recipe.model):
         value = getattr(recipe.model, field.name)
         if field.name != "name" and value is not None and field.name not in (*own, *known):
