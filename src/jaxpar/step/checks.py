@@ -80,8 +80,8 @@ def other_data(recipe: Recipe, model: Layer, settings: Settings, batch) -> list[
             rows = _rows(model, settings, batch)
             if rows is None or rows == batch[1].shape[1:]:
                 raise
-            rule = f"has labels of shape {list(batch[1].shape[1:])}, and the model {recipe.model.name} gives a class for "
-            rule += f"each of {list(rows)}; [] is one for a whole example."
+            rule = f"has labels of shape {list(batch[1].shape[1:])}, and the model {recipe.model.name} gives a class "
+            rule += f"for each of {list(rows)}; [] is one for a whole example."
             return [Problem("data.name", recipe.data.name, rule, f"data with labels of shape {list(rows)}")]
         rule = f"holds {'tokens' if holds else 'no tokens'}, and the model {recipe.model.name} takes "
         rule += "tokens." if reads else "examples with one label each."
