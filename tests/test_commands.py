@@ -322,7 +322,11 @@ def test_the_doctor_finds_this_machine_well_or_says_what_to_do(capsys, tmp_path,
     text = "\n".join(said)
     for word in ("Python 3.", "jax ", "jaxlib ", "optax ", "orbax-checkpoint ", "of platform cpu", "cores", "GiB"):
         assert word in text
-    for word in ("compile cache", "digits, stdlib_text are here", "not yet downloaded: tiny_shakespeare"):
+    for word in (
+        "compile cache",
+        "digits, stdlib_text are here",
+        "not yet downloaded: cifar10, cifar100, fashion_mnist, mnist,",
+    ):
         assert word in text
     assert said[-1] == "all is well" or "to fix" in said[-1]
     assert jaxpar.doctor() == code
@@ -714,6 +718,12 @@ def test_data_offline_asks_nobody(shakespeare, capsys, monkeypatch):
 def test_every_dataset_declares_files_or_needs_none():
     declared = {name: data_command.declared(name) for name in family.names("datasets")}
     assert len(declared["tiny_shakespeare"]) == 1 and declared["digits"] == declared["stdlib_text"] == ()
+    assert {name: len(declared[name]) for name in ("cifar10", "cifar100", "mnist", "fashion_mnist")} == {
+        "cifar10": 1,
+        "cifar100": 1,
+        "mnist": 4,
+        "fashion_mnist": 4,
+    }
 
 
 # train recipe.json

@@ -15,11 +15,13 @@ from collections import Counter
 from email.message import Message
 
 import numpy as np
+import pictures
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxpar.core import family, files, order
+from jaxpar.core.images import normalized
 from jaxpar.core.refuse import Refused
 from jaxpar.core.windows import text_windows
 
@@ -54,10 +56,12 @@ def text_file(monkeypatch, tmp_path):
 
 
 @pytest.fixture(params=family.names("datasets"))
-def build(request, text_file):
-    """A builder for each dataset: `build(batch, seed)`."""
+def build(request, text_file, monkeypatch):
+    """A builder for each dataset: `build(batch, seed)`; images come as they are (tests/test_images.py changes them)."""
     member = family.pick("datasets", request.param)
-    fields = {"context": CONTEXT, "data_dir": str(text_file.parent)}
+    if request.param in pictures.NAMES:
+        pictures.stand_in(monkeypatch, request.param, text_file.parent)
+    fields = {"context": CONTEXT, "data_dir": str(text_file.parent), "augment": False}
     return lambda batch=BATCH, seed=0: member(batch=batch, seed=seed, **family.accepted(member, fields))
 
 
@@ -91,6 +95,10 @@ def train_count(data):
     return len(data.splits[0]) if data.splits[0].ndim > 1 else (len(data.splits[0]) - 1) // CONTEXT
 
 
+def colours_of(data):
+    return pictures.module(data.source.partition(":")[0]).COLOURS
+
+
 def held_out_examples(data):
     return examples(data.held_out(i) for i in range(data.held_out_batches))
 
@@ -103,7 +111,12 @@ def test_shapes_dtypes_and_range(build):
         assert inputs.shape == (BATCH, *data.example) and len(labels) == BATCH
         assert labels.dtype == np.int32 and labels.min() >= -1 and labels.max() < data.classes
         assert inputs.dtype in (np.int32, np.float32)
-        assert inputs.min() >= 0 and inputs.max() <= (1 if inputs.dtype == np.float32 else data.classes - 1)
+        if data.splits[0].dtype == np.uint8 and inputs.ndim == 4:  # pixels, normalized: black to white
+            colours = colours_of(data)
+            black, white = ((value - np.array(colours.mean)) / colours.deviation for value in (0, 1))
+            assert (inputs >= black - 1e-5).all() and (inputs <= white + 1e-5).all()
+        else:
+            assert inputs.min() >= 0 and inputs.max() <= (1 if inputs.dtype == np.float32 else data.classes - 1)
 
 
 def test_a_batch_is_a_pure_function_of_the_step(build):
@@ -128,6 +141,8 @@ def test_the_training_batches_are_the_training_split(build):
     count = train_count(data)
     inputs = np.concatenate([data.batch(step)[0] for step in range(-(-count // BATCH))])[:count]
     split = data.splits[0] if data.splits[0].ndim > 1 else data.splits[0][: count * CONTEXT].reshape(count, CONTEXT)
+    if split.dtype == np.uint8 and split.ndim == 4:
+        split = normalized(split, colours_of(data))
     assert Counter(map(bytes, inputs)) == Counter(map(bytes, split.astype(inputs.dtype)))
 
 

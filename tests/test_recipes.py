@@ -187,7 +187,8 @@ CHOICES = {
     "checkpoint_every": [0, 1],
     "skip_limit": [1, 0],
     "peak_tflops": [None, 1.0, 0.0],
-    "optimizer": ["adamw", "sgd", "adam"],
+    "optimizer": ["adamw", "sgd", "adam", "sgd:momentum=0.5", "sgd:momentum=2"],
+    "schedule": ["cosine", "constant", "linear:0", "steps:0.5=0.1", "steps", "cosine:x"],
 }
 
 

@@ -1,10 +1,8 @@
-"""Archives of somebody else, unpacked so that nothing lands outside the folder or grows beyond what was agreed.
-
-No dataset of this version comes in one; the first that does is unpacked by `unpack`.
-"""
+"""Archives of somebody else, unpacked so that nothing lands outside the folder or grows beyond what was agreed."""
 
 import bz2
 import gzip
+import io
 import lzma
 import os
 import shutil
@@ -14,8 +12,9 @@ import tempfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import IO, NamedTuple
 
 from jaxpar.core.refuse import Problem, Refused
@@ -82,22 +81,68 @@ def unpack(archive: Path, folder: Path, *, files: int, size: int) -> Path:
     return folder
 
 
+def contents(archive: Path, data: bytes, names: Collection[str], *, files: int, size: int) -> dict[str, bytes]:
+    """Some files of a tar archive (plain, gz, bz2, xz) that is held in memory, by name; nothing is written.
+
+    All of it is checked as by `unpack`, also what is not asked for.
+
+    Args:
+        archive: what it is called in messages.
+        data: all of it.
+        names: of the files, with their folders, as written in the archive.
+        files, size: as of `unpack`.
+
+    Raises:
+        Refused: as `unpack`, and if a file is not there.
+    """
+    try:
+        plain, packed = io.BytesIO(data), _packed(data[:6])
+        if packed:
+            with packed.open(plain) as source:
+                plain = io.BytesIO()
+                _inflate(archive, source, plain, size + HEADERS * (files + 1))
+            plain.seek(0)
+        with tarfile.open(fileobj=plain, mode="r:") as opened:
+            found = {}
+            for member, path in list(_checked(archive, opened, files, size)):
+                if member.is_file and str(path) in names:
+                    with opened.extractfile(member.entry) as source:
+                        _copy(archive, source, target := io.BytesIO(), member)
+                    found[str(path)] = target.getvalue()
+    except Refused:
+        raise
+    except UNREADABLE as error:
+        raise _refusal(archive, f"cannot be unpacked: {error or type(error).__name__}.") from error
+    if missing := [name for name in names if name not in found]:
+        raise _refusal(archive, f"does not hold {', '.join(missing)}.")
+    return found
+
+
 def _opened(archive: Path, aside: Path, most: int) -> tarfile.TarFile | zipfile.ZipFile:
     """The archive; a compressed tar is first decompressed into `aside`, since `tarfile` reads headers of any size."""
     if zipfile.is_zipfile(archive):
         return zipfile.ZipFile(archive)
     with open(archive, "rb") as stream:
         begins = stream.read(6)
-    packed = next((module for magic, module in PACKED.items() if begins.startswith(magic)), None)
+    packed = _packed(begins)
     if packed is None:
         return tarfile.open(archive, "r:")
     plain = aside / "plain.tar"
     with packed.open(archive) as source, open(plain, "xb") as target:
-        while piece := source.read(PIECE):
-            if target.tell() + len(piece) > most:
-                raise _refusal(archive, f"is more than {most:,} bytes, decompressed.")
-            target.write(piece)
+        _inflate(archive, source, target, most)
     return tarfile.open(plain, "r:")
+
+
+def _packed(begins: bytes) -> ModuleType | None:
+    """What decompresses a file that begins so."""
+    return next((module for magic, module in PACKED.items() if begins.startswith(magic)), None)
+
+
+def _inflate(archive: Path, source: IO[bytes], target: IO[bytes], most: int) -> None:
+    while piece := source.read(PIECE):
+        if target.tell() + len(piece) > most:
+            raise _refusal(archive, f"is more than {most:,} bytes, decompressed.")
+        target.write(piece)
 
 
 def _checked(archive: Path, opened, files: int, size: int) -> Iterator[tuple[Member, PurePosixPath]]:

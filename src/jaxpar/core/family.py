@@ -85,6 +85,25 @@ def constant(member: Callable[..., Any], name: str, default: Any) -> Any:
     return getattr(inspect.unwrap(member), "__globals__", {}).get(name, default)
 
 
+def needed(module: str, package: str, extra: str, asked: tuple[str, Any]) -> ModuleType:
+    """A module of a package that jaxpar does without until something asks for it.
+
+    Args:
+        module: its dotted name.
+        package: what installs it.
+        extra: of jaxpar, that names the package.
+        asked: the field and its value that ask for it.
+
+    Raises:
+        Refused: with the line that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        rule = f"{package} is needed for it and cannot be imported: {error}."
+        raise Refused([Problem(*asked, rule, f'pip install "jaxpar[{extra}]", or pip install {package}')]) from error
+
+
 def _from_file(family: str, name: str, field: str) -> Callable[..., Any]:
     """The function that a user's file defines, which says what is wrong with it instead of a traceback."""
     path, _, attribute = name.rpartition(":")

@@ -6,12 +6,14 @@ import os
 import stat
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from urllib import request
 from urllib.error import HTTPError
 
 from jaxpar.core.refuse import Problem, Refused
+from jaxpar.core.waiting import waiting
 
 TIMEOUT_S = 10  # to connect, and between two pieces of an answer
 SLOWEST = 20_000  # bytes per second, over a whole download: a server that drips must not hold a run for ever
@@ -144,7 +146,7 @@ def _download(file: File, path: Path) -> bytes:
         raise _refusal(file, path, "is missing, and JAXPAR_OFFLINE forbids a download")
     try:
         with https_opener().open(file.url, timeout=TIMEOUT_S) as answer:
-            data = _body(answer, file.size + 1)
+            data = _body(answer, file.size + 1, waiting(f"downloading {file.names[0]}", file.size, "bytes"))
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, HTTPError):
             error.close()  # it is the answer as well
@@ -158,8 +160,8 @@ def _download(file: File, path: Path) -> bytes:
     return data
 
 
-def _body(answer, most: int) -> bytes:
-    """At most `most` bytes of an answer.
+def _body(answer, most: int, done: Callable[[int], None]) -> bytes:
+    """At most `most` bytes of an answer; `done(bytes)` is told how many are there.
 
     Raises:
         TimeoutError: if they come more slowly than `SLOWEST` on the whole.
@@ -168,6 +170,7 @@ def _body(answer, most: int) -> bytes:
     while size < most and (piece := answer.read1(min(PIECE, most - size))):
         pieces.append(piece)
         size += len(piece)
+        done(size)
         if time.monotonic() > until:
             raise TimeoutError(
                 f"slower than {SLOWEST:,} bytes per second: given up after {size:,} of {most - 1:,} bytes"

@@ -1,8 +1,8 @@
 """AlexNet in its form of one column."""
 
-from jaxpar.core.images import sides
 from jaxpar.core.parts import chain, function
 from jaxpar.core.refuse import Problem, Refused
+from jaxpar.core.space import sides
 from jaxpar.core.types import Layer
 from jaxpar.layers.conv import conv, turns
 from jaxpar.layers.dense import activation as function_named

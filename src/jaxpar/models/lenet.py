@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 
-from jaxpar.core.images import sides
 from jaxpar.core.parts import chain, function
 from jaxpar.core.refuse import Problem, Refused
+from jaxpar.core.space import sides
 from jaxpar.core.types import Layer
 from jaxpar.layers.conv import conv, turns
 from jaxpar.layers.dense import activation as function_named

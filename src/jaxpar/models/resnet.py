@@ -5,9 +5,9 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxpar.core.images import sides
 from jaxpar.core.parts import chain, function, parallel, residual
 from jaxpar.core.refuse import Problem, Refused
+from jaxpar.core.space import sides
 from jaxpar.core.types import Layer
 from jaxpar.layers.conv import conv
 from jaxpar.layers.dense import activation as function_named

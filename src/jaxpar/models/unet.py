@@ -1,8 +1,8 @@
 """U-Net: a class for each pixel of an image, or each voxel of a volume."""
 
-from jaxpar.core.images import sides
 from jaxpar.core.parts import chain, join
 from jaxpar.core.refuse import Problem, Refused
+from jaxpar.core.space import sides
 from jaxpar.core.types import Layer
 from jaxpar.layers.conv import conv, up_conv
 from jaxpar.layers.dense import activation as function_named

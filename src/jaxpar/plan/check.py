@@ -178,7 +178,7 @@ def of_model(placement: Placement, dims, shapes, counts: Mapping[str, int], fiel
 
 
 def _made_by(field: str, count: int, fields: Mapping | None) -> tuple[str, int]:
-    """The field that makes a layer of `count` features, and its value: `field`, or else what all are in proportion to."""
+    """The field that makes a layer of `count` features, and its value: `field`, or what all are in proportion to."""
     name = field.removeprefix("model.")
     if fields is None or (name in fields and fields[name] in (None, count)):
         return field, count

@@ -16,6 +16,7 @@ from jaxpar.report.traced import lines, shares_of
 from jaxpar.step.executor import SCOPE
 from jaxpar.step.objective import labelled, nats
 from jaxpar.step.parts import Parts
+from jaxpar.step.pieces import halves
 from jaxpar.step.program import traced
 
 
@@ -31,7 +32,9 @@ def gradient_lines(parts: Parts, trace=None) -> list[Line]:
     Source: bytes of ring algorithms, `jaxpar.core.cost.wire_bytes`; which collectives, `jaxpar.plan.matmul.derive`.
     """
     rounded = parts.settings.policy.enter is not plain  # so what travels back has another dtype
-    if not parts.pipeline.plain or parts.settings.zero.stage or parts.settings.remat.kind != "none" or rounded:
+    steered = jax.tree.leaves(halves(parts.model.dims[1])[1])  # by rules of their own, whose collectives no walk meets
+    other = parts.settings.zero.stage or parts.settings.remat.kind != "none" or rounded or steered
+    if not parts.pipeline.plain or other:
         return _from_trace(parts, trace or traced(parts))
     placement, model = parts.settings.placement, parts.model
     book = ledger(placement.scheme.axes)

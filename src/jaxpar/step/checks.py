@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxpar.core import family
+from jaxpar.core import family, spec
 from jaxpar.core import order as whole
 from jaxpar.core.cells import Order
 from jaxpar.core.recipe import Recipe
@@ -54,7 +54,7 @@ def of_numbers(recipe: Recipe):
 
 def unknown_fields(recipe: Recipe, builder):
     """Fields that are set although neither the model nor the data has them."""
-    data = Collector([]).attempt(family.pick, "datasets", recipe.data.name)
+    data = Collector([]).attempt(spec.member, "datasets", recipe.data.name, "data.name")
     if data is None:  # it may have any field; `_dataset` says what is wrong
         return
     own, known = (sorted(family.parameters(member)) for member in (builder, data))
@@ -80,8 +80,8 @@ def other_data(recipe: Recipe, model: Layer, settings: Settings, batch) -> list[
             rows = _rows(model, settings, batch)
             if rows is None or rows == batch[1].shape[1:]:
                 raise
-            rule = f"has labels of shape {list(batch[1].shape[1:])}, and the model {recipe.model.name} gives a class for "
-            rule += f"each of {list(rows)}; [] is one for a whole example."
+            rule = f"has labels of shape {list(batch[1].shape[1:])}, and the model {recipe.model.name} gives a class "
+            rule += f"for each of {list(rows)}; [] is one for a whole example."
             return [Problem("data.name", recipe.data.name, rule, f"data with labels of shape {list(rows)}")]
         rule = f"holds {'tokens' if holds else 'no tokens'}, and the model {recipe.model.name} takes "
         rule += "tokens." if reads else "examples with one label each."
