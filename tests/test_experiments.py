@@ -13,6 +13,7 @@ from experiments import (
     memory_depth,
     memory_layer,
     memory_trade,
+    norm_memory,
     pipeline_bubbles,
     pipeline_memory,
     precision,
@@ -312,3 +313,30 @@ def test_loss_scaling_shows_what_is_claimed(tmp_path, capsys, monkeypatch):
     assert sunk["scales"][-1] < 1 and floored["scales"][-1] == 32768 and sunk["skipped"] == floored["skipped"] == 20
     assert (tmp_path / "t" / "loss_scaling.png").read_bytes().startswith(b"\x89PNG")
     assert "enhanced" in capsys.readouterr().out
+
+
+def test_norm_memory_grows_with_the_batch_alone(tmp_path, capsys, monkeypatch):
+    large = {"U-Net, 1024^2 pixels": (replace(norm_memory.TINY, layers=1), (32, 32, 3), 2)}
+    monkeypatch.setattr(norm_memory, "NETWORKS", large)
+    monkeypatch.setattr(norm_memory, "SMALL", {})
+    made = norm_memory.Options("t", str(tmp_path), batches="32,8")
+    norm_memory.main(made)
+    online, few, many = json.loads((tmp_path / "t" / "table.json").read_text())
+    assert [online["norm"], few["examples"], many["examples"]] == ["online", 8, 32]
+    assert all(online[kind] == many[kind] > 0 for kind in ("parameters", "gradients", "optimizer"))
+    assert many["activations"] == pytest.approx(4 * few["activations"], rel=0.01)
+    assert many["activations"] > 15 * online["activations"]
+    assert (tmp_path / "t" / "norm_memory.png").stat().st_size > 10_000
+    printed = capsys.readouterr()
+    assert "about 0 s left" in printed.err and f"{many['total'] / online['total']:.1f}" in printed.out
+    for wrong, told in ((made, "--overwrite"), (replace(made, batches="1,x"), "batches = 1,x")):
+        with pytest.raises(Refused, match=told):
+            norm_memory.main(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["online", "batch"])
+@pytest.mark.parametrize("name", norm_memory.SMALL)
+def test_norm_memory_predicts_what_is_compiled(name, norm):
+    found = norm_memory.row(name, norm, 1 if norm == "online" else norm_memory.SMALL_BATCH)
+    assert found["total"] == pytest.approx(found["compiled"], rel=0.15)
