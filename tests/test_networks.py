@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from harness import batch_of, built, losses, recipe_of, reference, run, start
+from harness import batch_of, losses, recipe_of, reference, run, start
 from laid_out import laid_out, pull
 from networks import NETWORKS
 from parity import assert_equal
@@ -23,10 +23,7 @@ from jaxpar.core.recipe import Data, Model, Recipe
 from jaxpar.core.refuse import Refused
 from jaxpar.layers.conv import conv, turns, up_conv
 from jaxpar.layers.pool import average_pool, global_average, max_pool
-from jaxpar.report import account, bill, compiled, flops
-from jaxpar.report.memory import predicted
 from jaxpar.step.parts import assemble
-from jaxpar.step.program import program
 from jaxpar.train.ahead import speed_of
 
 LARGE, SMALL = (224, 224, 3), (32, 32, 3)
