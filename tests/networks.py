@@ -1,4 +1,4 @@
-"""Small networks for images, one of each member that the harness does not have; smooth, so that rounding stays small."""
+"""Small networks for images, one of each member; smooth, so that rounding stays small."""
 
 from jaxpar.core.recipe import Model
 

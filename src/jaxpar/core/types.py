@@ -54,8 +54,8 @@ class Context(NamedTuple):
         einsum: `einsum("bqhd,bkhd->bhqk", a, b)`: the product of two activations in the dtype they come in, none of
             whose dims that are summed is split; the result is float32.
         conv: `conv(x, w, "embed channels", strides=1, padding="SAME")`: as `dot`, for kernels
-            `w[height, width, in, out]`, or with a depth in front; zeros around x that keep size / strides (`"SAME"`),
-            none (`"VALID"`), or so many on each side.
+            `w[height, width, in, out]`, or with a depth in front, or tuples of these; zeros around x that keep size /
+            strides (`"SAME"`), none (`"VALID"`), or so many on each side.
         mean: `mean(x, "embed", over="embed", parts=None, trained=True)`: mean over whole dims, kept as dims of size 1.
             With `parts={"embed": 8}` the dim is cut into so many equal runs of entries and keeps its size: each entry
             has the mean of its own run. No gradient goes through what is not `trained`.
