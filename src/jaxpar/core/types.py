@@ -56,9 +56,9 @@ class Context(NamedTuple):
         conv: `conv(x, w, "embed channels", strides=1, padding="SAME")`: as `dot`, for kernels
             `w[height, width, in, out]`, or with a depth in front; zeros around x that keep size / strides (`"SAME"`),
             none (`"VALID"`), or so many on each side.
-        mean: `mean(x, "embed", over="embed", parts=None)`: mean over whole dims, kept as dims of size 1. With
-            `parts={"embed": 8}` the dim is cut into so many equal runs of entries and keeps its size: each entry has
-            the mean of its own run.
+        mean: `mean(x, "embed", over="embed", parts=None, trained=True)`: mean over whole dims, kept as dims of size 1.
+            With `parts={"embed": 8}` the dim is cut into so many equal runs of entries and keeps its size: each entry
+            has the mean of its own run. No gradient goes through what is not `trained`.
         recurrence: `recurrence(decay, inputs, start, "batch embed") -> (before, last)`: the states
             s = decay s + inputs along the first dim, in the order of all examples of the microbatch: those before each
             entry, and the last. With `start[parts, width]` the examples are cut into so many equal runs, each with a

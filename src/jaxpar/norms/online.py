@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core import compat
+from jaxpar.core.moments import SPACE, affine, wide
 from jaxpar.core.refuse import Problem, near_miss, refuse
 from jaxpar.core.types import Layer
 
 CONTROLS = ("layer_scaling", "clamp", "none")
-SPACE = {2: "", 3: "context", 4: "height width", 5: "depth height width"}  # of x, by its rank
 SCALING_EPS = 1e-5  # of layer scaling, added to the mean square
 
 
@@ -110,13 +110,13 @@ def online(
     """
     form = Form(forward, backward, eps, control, clamp)
     _check(form, groups, replicas)
+    trained, names = affine(width, dims, bias=bias)
     states, words = ((), dims) if replicas == 1 or average else ((replicas,), f"replicas {dims}")
 
     def init(key):
-        params = {"gain": jnp.ones(width)} | ({"bias": jnp.zeros(width)} if bias else {})
         mean, u, v = (jnp.zeros((*states, width)) for _ in range(3))
         seen = {"mean": mean, "variance": jnp.ones((*states, width))}
-        return params, {"forward": seen, "backward": {"u": u, "v": v, "passes": jnp.zeros(())}}
+        return trained(), {"forward": seen, "backward": {"u": u, "v": v, "passes": jnp.zeros(())}}
 
     def apply(params, extra, x, ctx):
         ask = _ask(ctx, dims, x, groups, replicas)
@@ -127,7 +127,7 @@ def online(
         return checkpoint_name(z, "norm"), {"forward": after, "backward": backward}
 
     state = {"forward": {"mean": words, "variance": words}, "backward": {"u": words, "v": words, "passes": ""}}
-    return Layer(init, apply, dims=({"gain": dims} | ({"bias": dims} if bias else {}), state))
+    return Layer(init, apply, dims=(names, state))
 
 
 def _check(form: Form, groups: int, replicas: int) -> None:
@@ -176,7 +176,7 @@ def _ask(ctx, dims: str, x, groups: int, replicas: int) -> Ask:
 
 def _statistics(form: Form, ask: Ask, before: dict, x) -> tuple[Seen, dict]:
     """What the stream before each example was like, and the state after all of them."""
-    x, keep = _wide(jax.lax.stop_gradient(x)), form.forward
+    x, keep = wide(jax.lax.stop_gradient(x)), form.forward
     own_mean = ask.space(x)
     own_variance = ask.space((x - own_mean) ** 2)
     mean, last_mean = ask.stream(keep, (1 - keep) * own_mean, before["mean"])
@@ -200,14 +200,14 @@ def _controlled(form: Form, ask: Ask) -> Callable:
         return forth(x, params, seen, control)[0]
 
     def forth(x, params, seen, control):
-        z, scale = _compensated(form, ask, _affine(params, (_wide(x) - seen.mean) / seen.deviation))
+        z, scale = _compensated(form, ask, _affine(params, (wide(x) - seen.mean) / seen.deviation))
         return (z.astype(x.dtype), control), (x, params, seen, control, scale)
 
     def back(kept, cotangents):
         x, params, seen, control, scale = kept
-        dz, later = _wide(cotangents[0]), cotangents[1]
+        dz, later = wide(cotangents[0]), cotangents[1]
         control = jax.tree.map(lambda new, old: jnp.where(later["passes"] > 0, new, old), later, control)
-        y = (_wide(x) - seen.mean) / seen.deviation
+        y = (wide(x) - seen.mean) / seen.deviation
         da = _pulled(form, ask, _affine(params, y), scale, dz)
         where = tuple(range(1, x.ndim - 1))
         sums, along = (q.sum(where, keepdims=True) for q in (da, da * y))
@@ -231,12 +231,8 @@ def _controlled(form: Form, ask: Ask) -> Callable:
 def _still(form: Form, ask: Ask, params, state: dict, x):
     """Evaluation: frozen statistics, those of several streams averaged."""
     mean, variance = (leaf.mean(0) if leaf.ndim > 1 else leaf for leaf in (state["mean"], state["variance"]))
-    z, _ = _compensated(form, ask, _affine(params, (_wide(x) - mean) * jax.lax.rsqrt(variance + form.eps)))
+    z, _ = _compensated(form, ask, _affine(params, (wide(x) - mean) * jax.lax.rsqrt(variance + form.eps)))
     return z.astype(x.dtype)
-
-
-def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _affine(params, y):

@@ -104,13 +104,30 @@ def _dropout(settings: Settings):
 
 def _loop(settings: Settings):
     def loop(body, carry, xs):
-        axes = {axis for leaf in jax.tree.leaves(xs) for axis in compat.varying_axes(leaf)}
-        carry = jax.tree.map(lambda leaf: compat.vary(leaf, sorted(axes)), carry)
+        carry = _settled(body, carry, xs)
         if settings.train and settings.remat.kind not in ("none", "budget"):  # a budget is one for whole blocks
             return remat.chain(settings.remat, body, carry, xs, regather=False)
         return settings.wire.scan(body, carry, xs)
 
     return loop
+
+
+def _settled(body, carry, xs):
+    """The carry typed as varying over the axes that a step makes it vary over: a state that all share stays one.
+
+    Its gradient would be summed else, which the state of a norm's backward pass, a cotangent, must not be.
+    """
+    if not any(map(compat.varying_axes, jax.tree.leaves((carry, xs)))):
+        return carry
+    first, leaves, known = jax.tree.map(lambda leaf: leaf[0], xs), jax.tree.leaves(carry), None
+    while known != (now := [compat.varying_axes(leaf) for leaf in leaves]):
+        tree = jax.tree.unflatten(jax.tree.structure(carry), leaves)
+        made = jax.make_jaxpr(lambda *args: body(*args)[0])(tree, first).out_avals
+        known, leaves = (
+            now,
+            [compat.vary(leaf, compat.varying_axes(new)) for leaf, new in zip(leaves, made, strict=True)],
+        )
+    return jax.tree.unflatten(jax.tree.structure(carry), leaves)
 
 
 UNROLL_UP_TO = 8  # blocks; each adds about as much to the time of compiling as a whole scan

@@ -203,9 +203,10 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
         found.problems.extend(check.of_zero(placement, recipe.plan))
         found.problems.extend(check.of_rows(placement, recipe.plan, recipe.batch, sizes.get("context")))
     if scheme and model:
-        found.problems.extend(check.of_model(placement, model.dims, _shapes(model), sizes))
-        block = _policy(recipe.plan).block if not found.problems else 1
-        found.problems.extend(check.of_blocks(placement, model.dims[0], _shapes(model)[0], block))
+        found.problems.extend(check.of_model(placement, model.dims, _shapes(model), sizes, fields))
+        if not found.problems:
+            block = _policy(recipe.plan).block
+            found.problems.extend(check.of_blocks(placement, model.dims[0], _shapes(model)[0], block))
     refuse(found.problems)
     return model, placement, division
 

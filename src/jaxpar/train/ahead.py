@@ -127,9 +127,10 @@ def ready(
 def speed_of(labels: tuple[int, ...], work: float, peak: float | None) -> Callable[[float], dict]:
     """`Compiled.speed`, for labels of this shape, model flops per step and peak flops per second of all devices.
 
-    Tokens are counted where each example has many labels, else examples.
+    Tokens are counted where each example is a sequence of labels, else examples, of which each pixel may have one.
     """
-    unit, count = "tokens_per_second" if len(labels) > 1 else "examples_per_second", math.prod(labels)
+    text = len(labels) == 2
+    unit, count = "tokens_per_second" if text else "examples_per_second", math.prod(labels[: 1 + text])
 
     def speed(seconds: float) -> dict:
         known = {"mfu": float(f"{work / seconds / peak:.4g}")} if peak else {}
