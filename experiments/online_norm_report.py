@@ -58,8 +58,8 @@ def told(rows: list[dict], options) -> str:
     else:
         part = max(row["share"] for row in rows)
         lines.append(
-            f"A budget of {options.budget:g} minutes is at most {part:.2%} of the published 250 epochs, by a schedule of "
-            "its own: the rate rises over a twentieth of the steps, then falls to 0 in a straight line. --full is the whole."
+            f"A budget of {options.budget:g} minutes was at most {part:.2%} of the published 250 epochs, by another "
+            "schedule: the rate rises for a twentieth of the steps, then falls to 0. --full is the whole."
         )
     return "\n".join(lines)
 

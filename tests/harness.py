@@ -69,7 +69,7 @@ def recipe_of(model: Model, plan: str, **fields) -> Recipe:
 def batch_of(recipe: Recipe, step: int = 0):
     """Random tokens or images and labels, one of them to be ignored."""
     rng = np.random.default_rng(step)
-    if recipe.model.name in ("gpt", "gru"):
+    if recipe.model.context:
         tokens = rng.integers(0, CLASSES, (recipe.batch, CONTEXT + 1)).astype(np.int32)
         inputs, labels = tokens[:, :-1], tokens[:, 1:].copy()
         labels[0, 0] = -1

@@ -162,9 +162,10 @@ SMALL = {"vocab": 6, "context": 6, "layers": 1, "width": 8, "hidden": 8, "heads"
 
 
 def small(name, **fields):
-    """A small model of the family."""
+    """A small model of the family; of language, if it can be one."""
     build = family.pick("models", name)
-    return build(**family.accepted(build, SMALL | fields))
+    known = {key: value for key, value in SMALL.items() if key != "example" or name not in models_with("tied")}
+    return build(**family.accepted(build, known | fields))
 
 
 def models_with(field):
@@ -173,7 +174,7 @@ def models_with(field):
 
 def on_one_device(model, name, **mode):
     """`apply(params, extra, x) -> (logits, extra)` and an x for it."""
-    if name in models_with("example"):
+    if name not in models_with("tied"):
         x, dims = jax.random.normal(jax.random.key(1), (2, *SMALL["example"])), ("batch - -", "batch vocab")
     else:
         x, dims = jnp.arange(12).reshape(2, 6) % 6, ("batch context", "batch context vocab")

@@ -1,20 +1,24 @@
 """Recurrent layers are torch's and the reference's of online norm; the models made of them, on every mesh."""
 
-from functools import partial
+import itertools
+from functools import lru_cache, partial
 
 import golden
 import jax
 import numpy as np
 import pytest
+from harness import CONTEXT, recipe_of, run, start, variant
 from parity import assert_equal
 
 from jaxpar.core.parts import chain
+from jaxpar.core.recipe import Model
 from jaxpar.layers import recurrent
 from jaxpar.norms.online import online
 from jaxpar.plan.context import Settings, context
 from jaxpar.plan.layout import SINGLE
-from jaxpar.plan.wire import device_wire
+from jaxpar.plan.wire import cost_of, device_wire
 from jaxpar.policies.fp32 import fp32
+from jaxpar.report import account, bill
 
 ONE_DEVICE = context(Settings(SINGLE, fp32(), device_wire()))
 ORDER = {"rnn": ("new",), "gru": recurrent.GATES, "lstm": ("input", "forget", "new", "out")}  # torch's
@@ -191,3 +195,79 @@ def test_an_lstm_with_online_norm_is_plain_loops_over_two_sequences():
         for name, one in extra["norm"].items():
             both = one["forward"] | {key: one["backward"][key] for key in ("u", "v")}
             assert_equal(both, {key: states[name][key] for key in both}, tolerance=5e-6)
+
+
+# --- models
+
+SIZES = {"layers": 2, "width": 16, "hidden": 32}
+TEXT = {name: Model(name, **SIZES, context=CONTEXT) for name in ("rnn", "lstm", "gru")}
+IMAGES = {name: Model(name, **SIZES) for name in TEXT}
+PLANS = [
+    "data=4,microbatches=2",
+    "tensor=one_d:4",
+    "tensor=sequence:4",
+    "tensor=two_d:2x2",
+    "tensor=three_d:2x2x2",
+    "tensor=fsdp:4",
+    "data=2,pipe=2,microbatches=2,storage=residual",
+]
+MORE = ["pipe=2,tensor=one_d:2,schedule=zero_bubble_h1,microbatches=4", "data=2,microbatches=2,remat=sqrt"]
+NORMS = ["none", "layer", "online:forward=0.99"]
+PRODUCT = [*itertools.product(TEXT, NORMS, PLANS), *itertools.product(TEXT, NORMS[-1:], MORE)]
+CLASSIFIERS = [("rnn", "online"), ("lstm", "none"), ("gru", "layer")]
+
+
+def with_norm(model, norm):
+    """With the norm inside its cells."""
+    if norm == "none":
+        return model
+    return variant(model, **{"cell_norm" if model.name == "gru" else "norm": norm})
+
+
+@lru_cache
+def on_one_device(model, microbatches):
+    """A stream goes from position to position, at each through the examples: so microbatches are others."""
+    return run(recipe_of(model, f"microbatches={microbatches}"))
+
+
+def check(model, plan, tolerance):
+    """Loss, gradients, state and bytes sent."""
+    got = run(recipe_of(model, plan))
+    want = on_one_device(model, got.parts.microbatches)
+    assert abs(got.loss - want.loss) <= 2e-6 * abs(want.loss)
+    assert_equal(got.gradients, want.gradients, tolerance)
+    began = start(model)[1]
+    passes = [new - old for new, old in zip(*(counts(tree) for tree in (got.extra, began)), strict=True)]
+    steps = CONTEXT if model.context else 4  # rows of an image
+    for count in passes:
+        np.testing.assert_allclose(count, steps * got.parts.microbatches, atol=1e-4)
+    assert_equal(*(without_counts(tree) for tree in (got.extra, want.extra)), tolerance)
+    counted, predicted = bill.counted_in(got.parts, got.text), cost_of(account.gradient_lines(got.parts)).sent
+    assert not counted.unknown and counted.sent == pytest.approx(predicted)
+    return passes
+
+
+def counts(extra):
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(extra) if path[-1].key == "passes"]
+
+
+def without_counts(extra):
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: () if path[-1].key == "passes" else leaf, extra)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "norm", "plan"), PRODUCT)
+def test_a_language_model_is_what_one_device_finds(name, norm, plan):
+    passes = check(with_norm(TEXT[name], norm), plan, 5e-6)
+    assert len(passes) == (0 if "online" not in norm else {"rnn": 1, "lstm": 5, "gru": 3}[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["tensor=one_d:4", "tensor=two_d:2x2", "tensor=three_d:2x2x2", PLANS[-1]])
+@pytest.mark.parametrize(("name", "norm"), CLASSIFIERS)
+def test_a_classifier_of_rows_of_an_image_is_what_one_device_finds(name, norm, plan):
+    check(with_norm(IMAGES[name], norm), plan, 5e-6)
+
+
+def test_a_classifier_with_online_norm_on_a_mesh_is_what_one_device_finds():
+    check(with_norm(variant(IMAGES["rnn"], layers=1), "online"), "data=2,tensor=one_d:2", 5e-6)

@@ -1,9 +1,11 @@
-"""Token and position tables, the head, and what all language models share."""
+"""Token and position tables, the head, and what all models of sequences share."""
+
+import math
 
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpar.core.parts import broadened, chain, normal
+from jaxpar.core.parts import broadened, chain, function, normal
 from jaxpar.core.types import Layer
 
 MASKED = -1e30  # the logit of a class that does not exist: its probability is exactly 0 in float32
@@ -88,3 +90,34 @@ def language(vocab: int, width: int, body: dict[str, Layer], *, tied: bool) -> L
     """
     last = tied_head(vocab) if tied else head(width, vocab)
     return chain({"tokens": tokens(vocab, width), **body, "head": last}, reads={"head": "tokens"} if tied else {})
+
+
+def features(count: int, width: int) -> Layer:
+    """From `x[batch, context, ...]` with `count` numbers at each position to `y[batch, context, width]`."""
+
+    def init(key):
+        return {"weight": normal(key, (count, width), count**-0.5)}, {}
+
+    def apply(params, extra, x, ctx):
+        return ctx.dot(x.reshape(*x.shape[:2], count), params["weight"], "- embed"), extra
+
+    return Layer(init, apply, dims=({"weight": "- embed"}, {}))
+
+
+def sequences(
+    vocab: int, width: int, body: dict[str, Layer], *, example: tuple[int, ...] | None, tied: bool = True
+) -> Layer:
+    """A language model of tokens; or of other sequences a classifier, by what is at their last position.
+
+    Args:
+        vocab: number of tokens, or of classes.
+        width: features of the residual stream.
+        body: what stands between, which must go along the sequence.
+        example: shape of one input: (context,) or None for tokens; else (context, features) or, of images that are read
+            row by row, (height, width, channels).
+        tied: whether the head of a language model is the token table transposed.
+    """
+    if example is None or len(example) == 1:
+        return language(vocab, width, body, tied=tied)
+    last = {"last": function(lambda x, ctx: x[:, -1]), "head": head(width, vocab)}
+    return chain({"features": features(math.prod(example[1:]), width), **body, **last})
