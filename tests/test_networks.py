@@ -170,7 +170,7 @@ def test_a_layer_that_does_not_split_is_told_by_the_field_that_makes_it():
         prepared(Model("resnet", layers=8, width=12), (16, 8, 8, 1), (16,), "tensor=one_d:8")
     assert {problem.field for problem in refused.value.problems} == {"model.width"}
     assert re.search("width = 12: must split into 8 parts, .*8 or 16", str(refused.value))
-    with pytest.raises(Refused, match="width = 24: makes a layer of 64 features, .* into 3 parts"):
+    with pytest.raises(Refused, match=r"width = 24: makes a layer of 64 features, .* into 3 parts"):
         prepared(Model("lenet", width=24), (6, 8, 8, 1), (6,), "tensor=two_d:1x3")
 
 
