@@ -72,9 +72,10 @@ def picture(path: Path, rows: list[dict], data: str) -> Path:
     panels = figure.subplots(1, 3)
     sizes = sorted({row["batch"] for row in rows}, reverse=True)
     _curves(panels[0], rows, lambda one: 100 * one[2], 100 / (100 if data == "cifar100" else 10))
-    panels[0].set(ylabel="% of test images right", ylim=(0, 100))
+    top = 100 + 5 * -(-len(rows) // len(sizes))  # room for the legend, a column for each batch
+    panels[0].set(ylabel="% of test images right", ylim=(0, top), yticks=range(0, 101, 20))
     panels[0].set_title(f"{data}, ResNet-20; right at the end in the legend", loc="left", fontsize=10)
-    panels[0].legend(frameon=False, fontsize=8, loc="lower right", ncols=1 + len(rows) // 9)
+    panels[0].legend(frameon=False, fontsize=8, loc="upper right", ncols=len(sizes))
     if len(sizes) > 1:
         _batches(panels[1], rows, sizes)
     else:
