@@ -32,7 +32,8 @@ import optax
 import tyro
 
 from jaxpar import Model, Plan, Recipe, program
-from jaxpar.step.parts import assemble, learning_rate
+from jaxpar.step.parts import assemble
+from jaxpar.step.rates import learning_rate
 
 try:
     import torch

@@ -117,7 +117,7 @@ def trained(recipe: Recipe, limit: float) -> tuple[dict, Ready]:
             end = max(len(told), recipe.steps // SHARE) if seconds > limit else end
     told = jax.device_get(told)
     held_out = [made.place(dataset.held_out(i)) for i in range(min(8, dataset.held_out_batches))]
-    nats, count = np.sum(jax.device_get([made.evaluate(state.params, state.extra, batch) for batch in held_out]), 0)
+    nats, count, _ = np.sum(jax.device_get([made.evaluate(state.params, state.extra, batch) for batch in held_out]), 0)
     found = {
         "losses": [float(one["loss"]) for one in told],
         "held_out": float(nats / count),

@@ -11,10 +11,11 @@ from jaxpar.plan import layout, mesh
 from jaxpar.plan.context import Settings, context
 from jaxpar.plan.wire import device_wire
 from jaxpar.policies.fp32 import fp32
+from jaxpar.step.pieces import halves, merged
 
 
 class Pulled(NamedTuple):
-    """What a layer gave, the gradients of `(y * dy).sum()` by params and by x, and the new extra."""
+    """What a layer gave, the gradients of `(y * dy).sum()` by params and by x, and the new extra, both its halves."""
 
     y: Any
     gradients: tuple[Any, Any]
@@ -45,6 +46,13 @@ def laid_out(layer: Layer, plan: str, sizes: dict[str, int], dims: tuple[str, st
 
 
 def pull(apply: Callable, params, extra, x, dy) -> Pulled:
-    """Run `apply(params, extra, x) -> (y, extra)` forward and back."""
-    y, back, extra = jax.vjp(lambda params, x: apply(params, extra, x), params, x, has_aux=True)
-    return Pulled(y, back(dy), extra)
+    """Run `apply(params, extra, x) -> (y, extra)` forward and back; new state of the way back is a cotangent."""
+    forward, backward = halves(extra)
+
+    def run(params, x, backward):
+        y, new = apply(params, merged(forward, backward), x)
+        return y, halves(new)[0]
+
+    y, back, forward = jax.vjp(run, params, x, backward, has_aux=True)
+    by_params, by_x, backward = back(dy)
+    return Pulled(y, (by_params, by_x), merged(forward, backward))

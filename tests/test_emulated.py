@@ -117,5 +117,5 @@ def held_out(recipe):
     for step in range(recipe.steps):
         state, _ = made.step(state, made.place(dataset.batch(step)))
     batches = map(made.place, map(dataset.held_out, range(dataset.held_out_batches)))
-    nats, labels = np.sum([made.evaluate(state.params, state.extra, batch) for batch in batches], 0)
+    nats, labels, _ = np.sum([made.evaluate(state.params, state.extra, batch) for batch in batches], 0)
     return nats / labels

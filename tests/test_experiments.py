@@ -1,9 +1,11 @@
 """Experiments run, and say what they measured."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
+import pictures
 import pytest
 
 from experiments import (
@@ -13,6 +15,11 @@ from experiments import (
     memory_depth,
     memory_layer,
     memory_trade,
+    norm_memory,
+    online_norm,
+    online_norm_device,
+    online_norm_digits,
+    online_norm_report,
     pipeline_bubbles,
     pipeline_memory,
     precision,
@@ -25,10 +32,13 @@ from experiments import (
 )
 from jaxpar.cli import parse
 from jaxpar.core import family
+from jaxpar.core.cifar import cifar_images
 from jaxpar.core.plan import Plan
 from jaxpar.core.recipe import Data, Model
 from jaxpar.core.refuse import Refused
 from jaxpar.plan.mesh import needed
+from jaxpar.step.parts import prepare
+from jaxpar.step.program import program
 
 SIZES = {"model.layers": 1, "model.width": 32, "model.heads": 4, "model.context": 16, "batch": 8, "steps": 2}
 SMALL = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
@@ -337,3 +347,118 @@ def test_recurrent_scales_decays_to_its_steps_and_names_every_wrong_option():
     assert recurrent.norm_of("rnn", "online") == f"online:forward={1 - 2**-13!r}+backward={1 - 2**-6!r}"
     with pytest.raises(Refused, match=r"(?s)models = gpt.*rates = 0.1,x.*steps = 1.*seeds = 0"):
         recurrent.main(recurrent.Options(models="gpt", rates="0.1,x", steps=1, seeds=0))
+
+
+def test_norm_memory_grows_with_the_batch_alone(tmp_path, capsys, monkeypatch):
+    large = {"U-Net, 1024^2 pixels": (replace(norm_memory.TINY, layers=1), (32, 32, 3), 2)}
+    monkeypatch.setattr(norm_memory, "NETWORKS", large)
+    monkeypatch.setattr(norm_memory, "SMALL", {})
+    made = norm_memory.Options("t", str(tmp_path), batches="32,8")
+    norm_memory.main(made)
+    online, few, many = json.loads((tmp_path / "t" / "table.json").read_text())
+    assert [online["norm"], few["examples"], many["examples"]] == ["online", 8, 32]
+    assert all(online[kind] == many[kind] > 0 for kind in ("parameters", "gradients", "optimizer"))
+    assert many["activations"] == pytest.approx(4 * few["activations"], rel=0.01)
+    assert many["activations"] > 15 * online["activations"]
+    assert (tmp_path / "t" / "norm_memory.png").stat().st_size > 10_000
+    printed = capsys.readouterr()
+    assert "about 0 s left" in printed.err and f"{many['total'] / online['total']:.1f}" in printed.out
+    for wrong, told in ((made, "--overwrite"), (replace(made, batches="1,x"), "batches = 1,x")):
+        with pytest.raises(Refused, match=told):
+            norm_memory.main(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["online", "batch"])
+@pytest.mark.parametrize("name", norm_memory.SMALL)
+def test_norm_memory_predicts_what_is_compiled(name, norm):
+    found = norm_memory.row(name, norm, 1 if norm == "online" else norm_memory.SMALL_BATCH)
+    assert found["total"] == pytest.approx(found["compiled"], rel=0.15)
+
+
+def test_online_norm_scales_each_image_and_publishes_its_schedule():
+    rate, momentum = online_norm.rescaled(0.1, 0.9, 1 / 32)
+    assert momentum**32 == pytest.approx(0.9) and online_norm.rescaled(0.1, 0.9, 1) == pytest.approx((0.1, 0.9))
+    gradients, far = np.random.default_rng(0).normal(size=64), []
+    for n, (own, kept) in ((32, (0.1, 0.9)), (1, (rate, momentum))):
+        v = w = 0.0
+        for part in gradients.reshape(-1, n):
+            v = kept * v + part.mean()
+            w -= own * v
+        far.append(w - own * v * kept / (1 - kept))  # where it would come to rest
+    assert far[0] == pytest.approx(far[1], rel=1e-9), "each gradient moves the weight as far"
+    full = online_norm.recipe_of(online_norm.Options(full=True), "online", 128, 97_656)
+    assert (full.optimizer, full.learning_rate, full.weight_decay) == ("sgd:momentum=0.9", 0.1, 2e-4)
+    assert full.schedule == "steps:0.4=0.1+0.6=0.01+0.8=0.001" and full.warmup == 0 and "bf16" in str(full.plan)
+    assert full.model.norm == f"online:forward={1 - 2**-10}+backward={1 - 2**-7}"
+    assert f"forward={1 - 2**-9}+backward={1 - 2**-4}" in online_norm.norm_of("online", "cifar100")
+    assert online_norm_report.PUBLISHED["cifar10"]["layer"] == (87.4, 0.39)
+    wrong = online_norm.Options(norms="onlin,batch", batches="0,8", data="mnist", budget=0.0)
+    with pytest.raises(Refused, match=r"norms = onlin: .*`online`.*\n.*batches = 0.*\n.*data = mnist.*\n.*budget = 0"):
+        online_norm.main(wrong)
+
+
+def test_images_on_the_device_are_changed_as_on_the_host(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pictures.stand_in(monkeypatch, "cifar10", tmp_path)
+    recipe = replace(online_norm.recipe_of(online_norm.Options(seed=3), "batch", 16, 8), plan=Plan(data=2))
+    parts, dataset = prepare(replace(recipe, model=Model("mlp", layers=1, width=8)), str(tmp_path))
+    made, member = program(parts), pictures.module("cifar10")
+    make = online_norm_device.feed(cifar_images(member.KIND, str(tmp_path)), member.COLOURS, made, 16, 3)
+    for step in (0, 19, 21):  # two epochs
+        got, want = make(step), made.place(dataset.batch(step))
+        assert [one.sharding for one in got] == [one.sharding for one in want]
+        np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+        np.testing.assert_array_equal(got[1], want[1])
+
+
+@pytest.mark.slow
+def test_online_norm_trains_beside_what_was_published(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pictures.stand_in(monkeypatch, "cifar10", tmp_path / "data")
+    monkeypatch.setattr(online_norm, "MODEL", Model("resnet", layers=8, width=4))
+    monkeypatch.setattr(online_norm, "affordable", lambda *_: (8, "timed"))
+    made = online_norm.Options("t", str(tmp_path), norms="online,batch", batches="16,2", budget=0.1)
+    made = replace(made, data_dir=str(tmp_path / "data"))
+    online_norm.main(made)
+    rows = json.loads((tmp_path / "t" / "table.json").read_text())["rows"]
+    assert [(row["norm"], row["batch"]) for row in rows] == [("online", 16), ("batch", 16), ("online", 2), ("batch", 2)]
+    for row in rows:
+        assert 0 <= row["accuracy"] <= 1 and np.isfinite(row["loss"]) and len(row["curve"]) == online_norm.POINTS
+        assert row["epochs"] == 8 * row["batch"] / pictures.COUNTS[0] == row["share"] * 250
+    assert (tmp_path / "t" / "online_norm.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr()
+    assert "of the published 250 epochs" in said.out and "4 of 4" in said.err and said.err.count("timed") == 4
+    (tmp_path / "t" / "table.json").unlink()
+    monkeypatch.setattr(online_norm, "affordable", lambda *_: pytest.fail("timed again"))
+    online_norm.main(made)  # what was stopped goes on
+    again = json.loads((tmp_path / "t" / "table.json").read_text())["rows"]
+    assert [row["accuracy"] for row in again] == [row["accuracy"] for row in rows]
+
+
+@pytest.mark.slow
+def test_online_norm_knows_its_pace_and_the_whole_schedule(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pictures.stand_in(monkeypatch, "cifar10", tmp_path / "data")
+    monkeypatch.setattr(online_norm, "MODEL", Model("resnet", layers=8, width=4))
+    options = online_norm.Options("t", str(tmp_path), data_dir=str(tmp_path / "data"), norms="online", batches="16")
+    few, many = (online_norm.affordable(options, "online", 16, seconds)[0] for seconds in (60, 600))
+    assert 2 * online_norm.POINTS < few < many <= 250 * 50_000 // 16
+    monkeypatch.setattr(online_norm, "EPOCHS", 1)
+    monkeypatch.setattr(online_norm, "IMAGES", pictures.COUNTS[0])
+    online_norm.main(replace(options, full=True))
+    (row,) = json.loads((tmp_path / "t" / "table.json").read_text())["rows"]
+    assert row["steps"] == 20 and row["share"] == 1 and row["curve"][-1][0] == 1 and 0 <= row["accuracy"] <= 1
+    assert "best of all looks" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_digits_are_learned_one_at_a_time(tmp_path, monkeypatch, capsys):
+    online_norm_digits.main(online_norm_digits.Options("t", str(tmp_path), norms="online", seeds=1, epochs=6))
+    (one,) = json.loads((tmp_path / "t" / "table.json").read_text())["summary"]
+    assert one["large"][0] > 0.9 and one["lost"] == pytest.approx(one["large"][0] - one["small"][0])
+    assert abs(one["lost"]) < 0.04, "one seed and few epochs"
+    assert (tmp_path / "t" / "online_norm_digits.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"online +\d\d\.\d%", capsys.readouterr().out)
+    with pytest.raises(Refused, match=r"norms = onlin.*\n.*seeds = 0"):
+        online_norm_digits.main(online_norm_digits.Options(norms="onlin", seeds=0))

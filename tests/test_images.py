@@ -250,15 +250,15 @@ def test_cifar_is_augmented_unless_the_recipe_says_otherwise(monkeypatch, tmp_pa
     def inputs(data):
         return prepare(Recipe(Model("mlp", layers=1, width=8), data, batch=8), str(tmp_path))[1].batch(0)[0]
 
-    on, off = inputs(Data(name, augment=True)), inputs(Data(name, augment=False))
+    on, off = inputs(Data(f"{name}:augment=true")), inputs(Data(f"{name}:augment=false"))
     assert (on != off).any()
     np.testing.assert_array_equal(inputs(Data(name)), on if default else off)
 
 
 def test_augment_is_refused_where_there_is_nothing_to_augment():
     for name in ("digits", "stdlib_text"):
-        recipe = Recipe(Model("mlp", layers=1, width=8), Data(name, augment=True), batch=8)
-        with pytest.raises(Refused, match=rf"data.augment = True: the dataset {name} has no such field"):
+        recipe = Recipe(Model("mlp", layers=1, width=8), Data(f"{name}:augment=true"), batch=8)
+        with pytest.raises(Refused, match=rf"data.name = {name}:augment=true: {name} has no `augment`"):
             prepare(recipe)
 
 
@@ -521,10 +521,11 @@ def test_what_takes_long_says_how_long(capsys):
     now = [0.0]
     done = waiting.waiting("decoding", 100, "images", lambda: now[0])
     for count in range(1, 101):
-        now[0] += 0.25
+        now[0] += 1
         done(count)
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 12 and said[0] == "decoding: 8 of 100 images, about 0:23 left"
+    assert said[0] == "decoding: 2 of 100 images, about 1:38 left"
+    assert [int(line.split()[1]) for line in said] == [2, 4, 8, 16, 32, 62, 92]
 
 
 def test_images_are_light():

@@ -57,14 +57,14 @@ def changed(recipe, name, value):
 
 
 def test_every_field_is_known_here():
-    assert len(FIELDS) == 14 + 2 + len(dataclasses.fields(Plan)) + len(dataclasses.fields(Recipe)) - 3
+    assert len(FIELDS) == 14 + 1 + len(dataclasses.fields(Plan)) + len(dataclasses.fields(Recipe)) - 3
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_values_of_a_wrong_type_are_refused_by_name(name):
-    optional = {"warmup", "peak_tflops", "data.augment"} | {
-        f"model.{field.name}" for field in dataclasses.fields(Model)
-    } - {"model.name"}
+    optional = {"warmup", "peak_tflops"} | {f"model.{field.name}" for field in dataclasses.fields(Model)} - {
+        "model.name"
+    }
     for value in BAD[FIELDS[name]]:
         plain = type(value) is FIELDS[name] or (value is None and name in optional)
         if plain:
@@ -168,7 +168,6 @@ CHOICES = {
     "model.bias": [None, True, False],
     "model.tied": [None, True, False],
     "data.name": ["digits", "stdlib_text", "digist"],
-    "data.augment": [None, None, True],
     "plan.data": [1, 2, 3, 8, 0, 10**6],
     "plan.tensor": ["single", "one_d:2", "two_d:2x2", "three_d:1x2x2", "fsdp:4", "one_d", "one_d:0", "2d:2x2"],
     "plan.microbatches": [1, 1, 2, 0],
@@ -189,7 +188,8 @@ CHOICES = {
     "checkpoint_every": [0, 1],
     "skip_limit": [1, 0],
     "peak_tflops": [None, 1.0, 0.0],
-    "optimizer": ["adamw", "sgd", "adam"],
+    "optimizer": ["adamw", "sgd", "adam", "sgd:momentum=0.5", "sgd:momentum=2"],
+    "schedule": ["cosine", "constant", "linear:0", "steps:0.5=0.1", "steps", "cosine:x"],
 }
 
 

@@ -1,5 +1,6 @@
 """What norms share: shifting and scaling by a mean and a variance, and the gain and bias behind it."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core import compat
+from jaxpar.core.refuse import Problem, Refused, refuse
 
 SPACE = {2: "", 3: "context", 4: "height width", 5: "depth height width"}  # rows of one example, by the rank of x
 
@@ -20,6 +22,26 @@ def rows(x) -> str:
 def wide(x):
     """x in float32, or in float64 if it is that."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def wrong(text: str, rule: str, legal: str) -> Refused:
+    """That a norm, as `model.norm` says it, cannot be."""
+    return Refused([Problem("model.norm", text, rule, legal)])
+
+
+def ranges(norm: str, **given: tuple[float, float, float]) -> None:
+    """Refuse arguments of a norm that are out of range.
+
+    Args:
+        norm: its name.
+        given: of each argument its value, the least and the most.
+    """
+    problems = []
+    for name, (value, least, most) in given.items():
+        if not least <= value <= most:
+            rule = f"`{name}` must be at least {least}" + (f" and at most {most}." if most < math.inf else ".")
+            problems.append(Problem("model.norm", f"{norm}:{name}={value}", rule, f"{norm}:{name}={least}"))
+    refuse(problems)
 
 
 def affine(width: int, dims: str, *, gain: bool = True, bias: bool = True) -> tuple[Callable, dict[str, str]]:

@@ -34,14 +34,22 @@ def each(jaxpr, shares: Shares | None = None) -> Counter[tuple[tuple[int, ...], 
 
 
 def sizes(equation) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The sizes of a product's result, and of what each entry is a sum over; None for any other operation."""
+    """The sizes of a product's result, and of what each entry is a sum over; None for any other operation.
+
+    No entry of a convolution's input meets one of the kernel twice, so along each dim of space there are no more sums
+    than entries of either: the gradient of a convolution counts as much as the convolution, whatever zeros stand
+    between and around what it reads.
+    """
     name, out = equation.primitive.name, equation.outvars[0].aval.shape if equation.outvars else ()
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
         return out, tuple(shape[dim] for dim in contracted)
     if name == "conv_general_dilated":
-        kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
+        left, kernel = (var.aval.shape for var in equation.invars)
+        reads, spec, makes = equation.params["dimension_numbers"]
+        places = dict(zip(makes[2:], reads[2:], strict=True))
+        out = tuple(min(size, left[places[dim]]) if dim in places else size for dim, size in enumerate(out))
         return out, tuple(kernel[dim] for dim in spec[1:])
     return None
 

@@ -48,15 +48,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """Which data; a field that the dataset does not have must stay None.
+    """Which data.
 
     Attributes:
-        name: a member of datasets/, or path/to/file.py:name.
-        augment: whether training images are shifted and mirrored at random; by default as the dataset has it.
+        name: a member of datasets/, or path/to/file.py:name; with arguments of its own such as cifar10:augment=false.
     """
 
     name: str = "stdlib_text"
-    augment: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,10 @@ class Recipe:
         batch: examples per step, over all devices.
         steps: updates in the whole run.
         seed: of parameters, data order and dropout.
-        optimizer: a member of optimizers/.
-        learning_rate: largest rate, reached after the warm-up; then a cosine down to a tenth of it.
+        optimizer: a member of optimizers/, with arguments of its own such as sgd:momentum=0.95+nesterov=true.
+        learning_rate: largest rate, reached after the warm-up.
+        schedule: of the rate after the warm-up: cosine or linear, down to a tenth of it; cosine:SHARE or linear:SHARE;
+            constant; steps:0.4=0.1+0.6=0.01, a tenth of it from 0.4 of all steps on, a hundredth from 0.6 on.
         warmup: steps of linear warm-up; by default a tenth of all steps, at most 100.
         weight_decay: decoupled decay of matrices, per unit of learning rate.
         clip: largest global norm of the gradients; 0 for no limit.
@@ -96,6 +96,7 @@ class Recipe:
     seed: int = 0
     optimizer: str = "adamw"
     learning_rate: float = 3e-3
+    schedule: str = "cosine"
     warmup: int | None = None
     weight_decay: float = 0.1
     clip: float = 1.0

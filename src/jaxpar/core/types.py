@@ -54,11 +54,11 @@ class Context(NamedTuple):
         einsum: `einsum("bqhd,bkhd->bhqk", a, b)`: the product of two activations in the dtype they come in, none of
             whose dims that are summed is split; the result is float32.
         conv: `conv(x, w, "embed channels", strides=1, padding="SAME")`: as `dot`, for kernels
-            `w[height, width, in, out]`, or with a depth in front; zeros around x that keep size / strides (`"SAME"`),
-            none (`"VALID"`), or so many on each side.
-        mean: `mean(x, "embed", over="embed", parts=None)`: mean over whole dims, kept as dims of size 1. With
-            `parts={"embed": 8}` the dim is cut into so many equal runs of entries and keeps its size: each entry has
-            the mean of its own run.
+            `w[height, width, in, out]`, or with a depth in front, or tuples of these; zeros around x that keep size /
+            strides (`"SAME"`), none (`"VALID"`), or so many on each side.
+        mean: `mean(x, "embed", over="embed", parts=None, trained=True)`: mean over whole dims, kept as dims of size 1.
+            With `parts={"embed": 8}` the dim is cut into so many equal runs of entries and keeps its size: each entry
+            has the mean of its own run. No gradient goes through what is not `trained`.
         recurrence: `recurrence(decay, inputs, start, "batch embed") -> (before, last)`: the states
             s = decay s + inputs along the first dim, in the order of all examples of the microbatch: those before each
             entry, and the last. With `start[parts, width]` the examples are cut into so many equal runs, each with a
@@ -68,6 +68,7 @@ class Context(NamedTuple):
         concat: `concat([x, y], "embed")`: joined along the features, in the order that one device has them in.
         lookup: `lookup(table, ids)`: rows of `table["vocab embed"]`.
         cross_entropy: `cross_entropy(logits, labels)`: nats per row, 0 where the label is negative.
+        correct: `correct(logits, labels)`: 1 where the largest logit, the first of equal ones, is that of the label.
         start: `start("heads", 4)`: global index of the first of 4 local entries of a dim; for a row dim
             `start("context", 8, beside="embed")`, since rows may lie differently beside outer and inner features.
         extent: `extent("batch", 4, beside="embed")`: entries over all devices of a dim that has 4 here.
@@ -88,6 +89,7 @@ class Context(NamedTuple):
     concat: Callable
     lookup: Callable
     cross_entropy: Callable
+    correct: Callable
     start: Callable
     extent: Callable
     dropout: Callable

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from jaxpar.core.parts import chain, parallel
+from jaxpar.core.parts import chain, join
 from jaxpar.core.refuse import Problem, Refused
 from jaxpar.core.space import sides
 from jaxpar.core.types import Layer
@@ -64,7 +64,7 @@ def googlenet(
         raise Refused([Problem("model.width", width, rule, f"{width // 8 * 8 or 8} or {width // 8 * 8 + 8}")])
     part = partial(_conv, norm, function_named(activation))
     parts = {
-        "conv_1": part(example[-1], width, "- embed", 7, 2, 3),
+        "conv_1": part(example[-1], width, "- embed", 7, strides=2, padding=3),
         "pool_1": max_pool(3, 2, "SAME"),
         "conv_2": part(width, width, "embed channels", 1),
         "conv_3": part(width, 3 * width, "channels embed", 3),
@@ -80,25 +80,33 @@ def googlenet(
     return chain(parts)
 
 
-def _conv(
-    norm: str, act: Callable, into: int, out: int, dims: str, window: int, strides: int = 1, padding: str | int = "SAME"
-) -> Layer:
-    made = conv(into, out, dims, window=window, strides=strides, padding=padding)
+def _conv(norm: str, act: Callable, into: int, out: int, dims: str, window: int, *, outside=False, **how) -> Layer:
+    """A convolution, its norm and the activation; `outside`: it is given the product itself, made with others."""
+    made = conv(into, out, dims, window=window, **how)
+    made = made._replace(apply=lambda params, extra, y, ctx: (y, extra)) if outside else made
     return normalized(made, norm, out, dims.split()[1], act)
 
 
 def _module(part: Callable, into: int, sizes: list[int]) -> Layer:
-    """Four branches, joined; `sizes` as in `MODULES`."""
+    """Four branches, joined; `sizes` as in `MODULES`. The three products that read x itself fetch it together."""
     one, before_three, three, before_five, five, pooled = sizes
-
-    def reduced(before: int, out: int, window: int) -> Layer:
-        down, up = part(into, before, "embed channels", 1), part(before, out, "channels embed", window)
-        return chain({"down": down, "conv": up})
-
+    first = {"one": (one, "embed embed"), "three": (before_three, "embed channels")}
+    first |= {"five": (before_five, "embed channels")}
+    starts = {name: part(into, out, dims, 1, outside=True) for name, (out, dims) in first.items()}
     branches = {
-        "one": part(into, one, "embed embed", 1),
-        "three": reduced(before_three, three, 3),
-        "five": reduced(before_five, five, 5),
+        "one": chain({"first": starts["one"]}),
+        "three": chain({"first": starts["three"], "conv": part(before_three, three, "channels embed", 3)}),
+        "five": chain({"first": starts["five"], "conv": part(before_five, five, "channels embed", 5)}),
         "pooled": chain({"pool": max_pool(3, 1, "SAME"), "conv": part(into, pooled, "embed embed", 1)}),
     }
-    return parallel(branches, lambda ctx, *ys: ctx.concat(ys, "embed"))
+    init, names = join(branches)
+
+    def apply(params, extra, x, ctx):
+        kernels = tuple(params[name]["first"]["product"]["kernel"] for name in first)
+        products = ctx.conv(x, kernels, tuple(dims for _, dims in first.values()))
+        given = dict(zip(first, products, strict=True)) | {"pooled": x}
+        made = {name: branches[name].apply(params[name], extra[name], given[name], ctx) for name in branches}
+        ys, new = ({name: pair[which] for name, pair in made.items()} for which in (0, 1))
+        return ctx.concat([*ys.values()], "embed"), extra | new
+
+    return Layer(init, apply, names)

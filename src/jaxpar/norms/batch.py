@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxpar.core.moments import affine, moved, rows, standardized, wide
+from jaxpar.core.moments import affine, moved, ranges, rows, standardized, wide, wrong
 from jaxpar.core.types import Layer
 
 
@@ -36,8 +36,12 @@ def batch(
         A layer from `x[batch, .., width]` to the same shape and dtype. Training normalizes with the biased variance and
         keeps the unbiased one, as torch does; evaluation uses the running statistics, `extra["forward"]`.
 
+    Raises:
+        Refused: at trace time, if the parts are not equal.
+
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167, algorithms 1 and 2.
     """
+    ranges("batch", eps=(eps, 0, math.inf), keep=(keep, 0, 1), replicas=(replicas, 1, math.inf))
     init, names = affine(width, dims, bias=bias)
 
     def start(key):
@@ -49,12 +53,13 @@ def batch(
         if not ctx.train:
             y = (wide(x) - running["mean"]) * jax.lax.rsqrt(running["variance"] + eps)
             return moved(params, y, x.dtype), extra
+        _cut(ctx.extent("batch", len(x), beside=dims), replicas)
         y, (mean, variance) = standardized(lambda a: ctx.mean(a, dims, over, {"batch": replicas}), x, params, eps)
         whole = math.prod(ctx.extent(word, n, beside=dims) for word, n in zip(over.split(), x.shape, strict=False))
         count = whole // replicas
         now = {"mean": mean, "variance": variance * count / max(count - 1, 1)}
         if replicas > 1:
-            now = {name: ctx.mean(one, dims, "batch") for name, one in now.items()}
+            now = {name: ctx.mean(one, dims, "batch", trained=False) for name, one in now.items()}
         if cumulative:
             running = running | {"count": running["count"] + 1}
         share = 1 / running["count"] if cumulative else 1 - keep
@@ -63,3 +68,10 @@ def batch(
 
     state = {"mean": dims, "variance": dims} | ({"count": ""} if cumulative else {})
     return Layer(start, apply, dims=(names, {"forward": state}))
+
+
+def _cut(examples: int, replicas: int) -> None:
+    """Refuse parts that are not equal."""
+    if examples % replicas:
+        rule = f"a microbatch of {examples} examples is not {replicas} equal parts."
+        raise wrong(f"batch:replicas={replicas}", rule, f"replicas={math.gcd(examples, replicas)}")

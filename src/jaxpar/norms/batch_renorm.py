@@ -1,8 +1,10 @@
 """Batch renormalization."""
 
+import math
+
 import jax.numpy as jnp
 
-from jaxpar.core.moments import affine, moved, rows, standardized, wide
+from jaxpar.core.moments import affine, moved, ranges, rows, standardized, wide
 from jaxpar.core.types import Layer
 
 
@@ -39,6 +41,9 @@ def batch_renorm(
 
     Source: Ioffe 2017, arXiv:1702.03275, algorithm 1; for the bounds section 4.
     """
+    most = math.inf
+    ranges("batch_renorm", eps=(eps, 0, most), keep=(keep, 0, 1), begin=(begin, 0, most))
+    ranges("batch_renorm", rmax=(rmax, 1, most), dmax=(dmax, 0, most))
     init, names = affine(width, dims, bias=bias)
 
     def start(key):
@@ -51,9 +56,9 @@ def batch_renorm(
         y, moments = standardized(lambda a: ctx.mean(a, dims, rows(x)), wide(x), {}, eps)
         mean, deviation = moments[0].reshape(-1), jnp.sqrt(moments[1].reshape(-1) + eps)
         updates = held["updates"] + ctx.fresh
-        top, most = _bounds(updates - 1, begin, rmax, dmax)
+        top, far = _bounds(updates - 1, begin, rmax, dmax)
         r = jnp.clip(deviation / held["deviation"], 1 / top, top)
-        d = jnp.clip((mean - held["mean"]) / held["deviation"], -most, most)
+        d = jnp.clip((mean - held["mean"]) / held["deviation"], -far, far)
         shift = d * params["gain"] + params.get("bias", 0)
         y = moved({"gain": r * params["gain"], "bias": shift}, y, x.dtype)
         now = {"mean": mean, "deviation": deviation}

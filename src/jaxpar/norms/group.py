@@ -2,7 +2,7 @@
 
 import math
 
-from jaxpar.core.moments import SPACE, affine, standardized
+from jaxpar.core.moments import SPACE, affine, ranges, standardized, wrong
 from jaxpar.core.types import Layer
 
 MOST = 32  # groups of a width that leaves open how many
@@ -27,13 +27,15 @@ def group(width: int, dims: str = "embed", groups: int = 0, eps: float = 1e-5, b
         A layer from `x[.., width]` to the same shape and dtype; statistics in float32.
 
     Raises:
-        ValueError: if there are no so many equal groups.
+        Refused: if there are no so many equal groups.
 
     Source: Wu and He 2018, arXiv:1803.08494, eq. 7.
     """
     count = groups or math.gcd(MOST, max(width // FEWEST, 1))
     if count < 1 or width % count:
-        raise ValueError(f"group(groups={groups}): {width} features are no {groups} equal groups.")
+        rule = f"{width} features, which a layer of the model has, are no {groups} equal groups."
+        raise wrong(f"group:groups={groups}", rule, f"groups={math.gcd(width, groups)}")
+    ranges("group", eps=(eps, 0, math.inf))
     init, names = affine(width, dims, bias=bias)
 
     def apply(params, extra, x, ctx):

@@ -1,6 +1,8 @@
 """Layer normalization."""
 
-from jaxpar.core.moments import SPACE, affine, standardized
+import math
+
+from jaxpar.core.moments import SPACE, affine, ranges, standardized, wrong
 from jaxpar.core.types import Layer
 
 
@@ -19,12 +21,13 @@ def layer(width: int, dims: str = "embed", eps: float = 1e-5, over: str = "posit
         A layer from `x[..., width]` to the same shape and dtype; statistics in float32.
 
     Raises:
-        ValueError: if `over` is neither.
+        Refused: if `over` is neither.
 
     Source: Ba et al. 2016, arXiv:1607.06450, eq. 4.
     """
     if over not in ("position", "example"):
-        raise ValueError(f"layer(over={over!r}): over is position or example.")
+        raise wrong(f"layer:over={over}", "there is no such `over`.", "position or example")
+    ranges("layer", eps=(eps, 0, math.inf))
     init, names = affine(width, dims, bias=bias)
 
     def apply(params, extra, x, ctx):

@@ -1,6 +1,8 @@
 """Root-mean-square normalization."""
 
-from jaxpar.core.moments import affine, standardized
+import math
+
+from jaxpar.core.moments import affine, ranges, standardized
 from jaxpar.core.types import Layer
 
 
@@ -19,6 +21,7 @@ def rms(width: int, dims: str = "embed", eps: float = 2**-23, bias: bool = False
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4.
     """
+    ranges("rms", eps=(eps, 0, math.inf))
     init, names = affine(width, dims, bias=False)
 
     def apply(params, extra, x, ctx):

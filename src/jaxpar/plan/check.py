@@ -141,7 +141,7 @@ def _batch_parts(scheme: Scheme, context: int | None) -> int:
     return min(math.lcm(inner, layout.size(scheme, outer)) for outer in needed)
 
 
-def of_model(placement: Placement, dims, shapes, counts: Mapping[str, int]) -> Iterator[Problem]:
+def of_model(placement: Placement, dims, shapes, counts: Mapping[str, int], fields=None) -> Iterator[Problem]:
     """Whether every dim of every parameter divides, and the heads.
 
     Args:
@@ -149,6 +149,8 @@ def of_model(placement: Placement, dims, shapes, counts: Mapping[str, int]) -> I
         dims: tree of dim strings.
         shapes: tree like it, whose leaves have a shape (`jax.eval_shape` of the model's init).
         counts: entries of dims that are not those of a parameter, such as heads.
+        fields: of the recipe's model, as far as they are known: a network whose sizes are all in proportion to its
+            width has that field alone.
     """
     scheme, heads, found = placement.scheme, counts.get("heads"), {}
     for words, leaf in zip(jax.tree.leaves(dims), jax.tree.leaves(shapes), strict=True):
@@ -158,6 +160,11 @@ def of_model(placement: Placement, dims, shapes, counts: Mapping[str, int]) -> I
     for (field, count), layouts in found.items():
         parts = math.lcm(*(layout.size(scheme, axes) for axes in layouts))
         over = " and ".join(sorted(shown(scheme, axes) for axes in layouts))
+        field, value = _made_by(field, count, fields)
+        if value != count:
+            rule = f"makes a layer of {count} features, which must split into {parts} parts, over {over}."
+            yield Problem(field, value, rule, f"one that makes a multiple of {parts} of it")
+            continue
         whole_heads = heads if heads and field == "model.width" else 1
         legal = multiples(count, math.lcm(parts, whole_heads))
         yield Problem(field, count, f"must split into {parts} parts, over {over}.", legal)
@@ -168,6 +175,14 @@ def of_model(placement: Placement, dims, shapes, counts: Mapping[str, int]) -> I
         yield Problem(
             "model.heads", heads, rule, f"{multiples(heads, parts)}; or a scheme that splits heads {divisors} ways"
         )
+
+
+def _made_by(field: str, count: int, fields: Mapping | None) -> tuple[str, int]:
+    """The field that makes a layer of `count` features, and its value: `field`, or what all are in proportion to."""
+    name = field.removeprefix("model.")
+    if fields is None or (name in fields and fields[name] in (None, count)):
+        return field, count
+    return "model.width", fields.get("width") or count
 
 
 def of_blocks(placement: Placement, dims, shapes, block: int) -> Iterator[Problem]:

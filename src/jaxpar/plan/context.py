@@ -30,6 +30,7 @@ def context(settings: Settings) -> Context:
         concat=concat_of(settings),
         lookup=lookup_of(settings),
         cross_entropy=_cross_entropy(settings),
+        correct=_correct(settings),
         start=_start(settings),
         extent=_extent(settings),
         dropout=_dropout(settings),
@@ -55,6 +56,19 @@ def _cross_entropy(settings: Settings):
         return jnp.where(labels >= 0, jnp.log(both[0]) - both[1], 0)
 
     return cross_entropy
+
+
+def _correct(settings: Settings):
+    wire, split = settings.wire, layout.features(settings.placement, "vocab")
+
+    def correct(logits, labels):
+        count, none = logits.shape[-1], jnp.iinfo(jnp.int32).max
+        top = wire.largest(logits.max(-1), split, "accuracy")
+        classes = offset(settings, split, count) + jnp.arange(count, dtype=jnp.int32)
+        first = jnp.where(logits == top[..., None], classes, none).min(-1)
+        return (-wire.largest(-first, split, "accuracy") == labels).astype(jnp.float32)
+
+    return correct
 
 
 def _start(settings: Settings):

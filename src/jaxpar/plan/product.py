@@ -94,7 +94,9 @@ def conv_of(settings: Settings) -> Callable:
     form = patched if settings.policy.matrices else conv
 
     def convolve(x, w, dims, strides=1, padding="SAME"):
-        return _product(settings, form(strides, padding), x, (w,), (dims,))[0]
+        if isinstance(dims, str):
+            return _product(settings, form(strides, padding), x, (w,), (dims,))[0]
+        return _product(settings, form(strides, padding), x, w, dims)
 
     return convolve
 

@@ -21,8 +21,9 @@ def words_of(dims: str, rank: int) -> list[str]:
 def mean_of(settings) -> Callable:
     """`Context.mean`; args: `Settings`."""
 
-    def mean(x, dims, over=None, parts=None):
+    def mean(x, dims, over=None, parts=None, trained=True):
         words, parts = words_of(dims, x.ndim), parts or {}
+        x = x if trained else lax.stop_gradient(x)
         lies = layout.activation(settings.placement, " ".join(words), x.ndim)
         chosen = (over or words[-1]).split()
         if missing := [word for word in {*chosen, *parts} if word not in words]:
@@ -30,20 +31,35 @@ def mean_of(settings) -> Callable:
         where = tuple(words.index(word) for word in chosen if parts.get(word, 1) == 1)
         if where:
             axes = layout.axes_of(tuple(lies[dim] for dim in where))
-            x = settings.wire.mean(x.mean(where, keepdims=True), axes, f"mean over {' '.join(chosen)}")
+            x = _mean_of_devices(settings, x.mean(where, keepdims=True), axes, f"mean over {' '.join(chosen)}", trained)
         for word, count in parts.items():
             if count > 1:
-                x = _mean_of_parts(settings, x, words.index(word), lies[words.index(word)], word, count)
+                x = _mean_of_parts(settings, x, words.index(word), lies[words.index(word)], (word, count, trained))
         return x
 
     return mean
 
 
-def _mean_of_parts(settings, x, dim: int, axes: Axes, word: str, count: int):
+def _mean_of_devices(settings, x, axes: Axes, site: str, trained: bool):
+    """The mean of what the devices along `axes` hold; the bill has a way back for what is trained."""
+    if trained:
+        return settings.wire.mean(x, axes, site)
+    return settings.wire.total(x, axes, site) / layout.size(settings.placement.scheme, axes)
+
+
+def _mean_of_parts(settings, x, dim: int, axes: Axes, how: tuple[str, int, bool]):
     """Each entry of a dim replaced by the mean of the part of the whole dim that it lies in.
 
     Where devices hold whole parts nothing is sent; else the sums of all parts are.
+
+    Args:
+        settings: `Settings`.
+        x: entries.
+        dim: the dim that is cut.
+        axes: over which it lies.
+        how: its word, into how many parts it is cut, and whether a gradient goes back.
     """
+    word, count, trained = how
     here, devices = x.shape[dim], layout.size(settings.placement.scheme, axes)
     if here * devices % count:
         raise ValueError(f"{word} has {here * devices} entries, which {count} equal parts do not divide.")
@@ -55,7 +71,7 @@ def _mean_of_parts(settings, x, dim: int, axes: Axes, word: str, count: int):
     chosen = jax.nn.one_hot(place, count, dtype=x.dtype)  # [entry, part]
     # the mean over devices, times their number, is the sum; its cotangent is summed likewise
     sums = jnp.moveaxis(jnp.tensordot(x, chosen, [[dim], [0]], precision=lax.Precision.HIGHEST), -1, dim)
-    means = settings.wire.mean(sums * (devices / long), axes, f"mean over parts of {word}")
+    means = _mean_of_devices(settings, sums * (devices / long), axes, f"mean over parts of {word}", trained)
     return jnp.take(means, place, axis=dim)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxpar.core import family
+from jaxpar.core import family, spec
 from jaxpar.core import order as whole
 from jaxpar.core.cells import Order
 from jaxpar.core.recipe import Recipe
@@ -13,6 +13,7 @@ from jaxpar.core.refuse import Collector, Problem, near_miss
 from jaxpar.core.timetable import timetable
 from jaxpar.core.types import Layer
 from jaxpar.core.walk import jaxprs
+from jaxpar.plan.context import context
 from jaxpar.plan.layout import SINGLE
 from jaxpar.plan.product import Settings
 from jaxpar.plan.remat import Remat
@@ -53,14 +54,10 @@ def of_numbers(recipe: Recipe):
 
 def unknown_fields(recipe: Recipe, builder):
     """Fields that are set although neither the model nor the data has them."""
-    data = Collector([]).attempt(family.pick, "datasets", recipe.data.name)
+    data = Collector([]).attempt(spec.member, "datasets", recipe.data.name, "data.name")
     if data is None:  # it may have any field; `_dataset` says what is wrong
         return
     own, known = (sorted(family.parameters(member)) for member in (builder, data))
-    for field in ("augment",):
-        if getattr(recipe.data, field) is not None and field not in known:
-            rule = f"the dataset {recipe.data.name} has no such field."
-            yield Problem(f"data.{field}", getattr(recipe.data, field), rule, "leave it out")
     for field in dataclasses.fields(recipe.model):
         value = getattr(recipe.model, field.name)
         if field.name != "name" and value is not None and field.name not in (*own, *known):
@@ -69,7 +66,7 @@ def unknown_fields(recipe: Recipe, builder):
 
 
 def other_data(recipe: Recipe, model: Layer, settings: Settings, batch) -> list[Problem]:
-    """One problem if the model cannot take these batches, being made for tokens where they hold none, or the reverse.
+    """One problem if the model cannot take these batches, being made for other examples, or for other labels.
 
     It is tried on shapes: a user's own model may take anything, and its errors stay as they are.
     """
@@ -80,11 +77,29 @@ def other_data(recipe: Recipe, model: Layer, settings: Settings, batch) -> list[
         reads = "example" not in family.parameters(family.pick("models", recipe.model.name))
         holds = jnp.issubdtype(batch[0].dtype, jnp.integer) and len(batch[0].shape) == len(batch[1].shape) == 2
         if reads == holds:
-            raise
+            rows = _rows(model, settings, batch)
+            if rows is None or rows == batch[1].shape[1:]:
+                raise
+            rule = f"has labels of shape {list(batch[1].shape[1:])}, and the model {recipe.model.name} gives a class "
+            rule += f"for each of {list(rows)}; [] is one for a whole example."
+            return [Problem("data.name", recipe.data.name, rule, f"data with labels of shape {list(rows)}")]
         rule = f"holds {'tokens' if holds else 'no tokens'}, and the model {recipe.model.name} takes "
         rule += "tokens." if reads else "examples with one label each."
         return [Problem("data.name", recipe.data.name, rule, "stdlib_text" if reads else "digits")]
     return []
+
+
+def _rows(model: Layer, settings: Settings, batch) -> tuple[int, ...] | None:
+    """The shape of what has a class in one example; None if the model cannot take the inputs."""
+
+    def logits():
+        here = settings._replace(placement=SINGLE, remat=Remat(), key=jax.random.key(0))
+        return model.apply(*model.init(jax.random.key(0)), _zeros(batch)[0], context(here))[0]
+
+    try:
+        return jax.eval_shape(logits).shape[1:-1]
+    except Exception:
+        return None
 
 
 def unknown_activations(recipe: Recipe, model: Layer, settings: Settings, batch) -> list[Problem]:

@@ -88,18 +88,24 @@ def gradients(
 
 
 def evaluate(model: Layer, pipeline: Pipeline, settings: Settings, params, extra, batch):
-    """Summed nats and number of labels of a batch, over all devices, with dropout off and `extra` unchanged.
+    """Summed nats, number of labels, and how many of them are right, of a batch over all devices; dropout is off.
+
+    A label is right if its logit is the largest; where an example has many labels that is not looked at, and is 0.
+    `extra` stays as it is.
 
     Args: as for `gradients`.
     """
 
     def loss(ctx, logits, labels):
-        return _share(settings, ctx.cross_entropy(logits, labels).sum())
+        nats = ctx.cross_entropy(logits, labels).sum()
+        right = ctx.correct(logits, labels).sum() if labels.ndim == 1 else jnp.zeros_like(nats)
+        return _share(settings, jnp.stack([nats, right]))
 
     manner = Manner(False, pipeline.storage, _examples(settings, batch), loss)
     entered = zero.entered(settings, offload.entered(model.dims[0], wide(params)))
     done = _played(model, pipeline, settings._replace(train=False), manner, (entered, extra, batch))
-    return lax.psum(done.loss, compat.varying_axes(done.loss)), labelled(settings, batch[1])
+    nats, right = lax.psum(done.loss, compat.varying_axes(done.loss))
+    return nats, labelled(settings, batch[1]), right
 
 
 def _played(model: Layer, pipeline: Pipeline, settings: Settings, manner: Manner, local: tuple) -> Carry:

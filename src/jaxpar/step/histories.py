@@ -164,7 +164,9 @@ def _recording(ctx: Context, calls: list[tuple]) -> Context:
         inside.pop()
         return found
 
-    def conv(x, w, *rest, **window):
-        return ctx.conv(x, *noted((w,)), *rest, **window)
+    def conv(x, w, dims, *rest, **window):
+        if isinstance(dims, str):
+            return ctx.conv(x, *noted((w,)), dims, *rest, **window)
+        return ctx.conv(x, noted(tuple(w)), dims, *rest, **window)
 
     return ctx._replace(dot=dot, conv=conv, loop=loop)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import optax
 
-from jaxpar.core import family, strict
+from jaxpar.core import family, spec, strict
 from jaxpar.core.cells import Order
 from jaxpar.core.plan import Plan, order_of, scheme_of
 from jaxpar.core.policy import Policy
@@ -23,6 +23,7 @@ from jaxpar.plan.zero import zero_of
 from jaxpar.step import checks, histories, master, scaling
 from jaxpar.step.gradients import Pipeline
 from jaxpar.step.master import Master
+from jaxpar.step.rates import learning_rate, schedule_of
 from jaxpar.step.rounding import Origin
 from jaxpar.step.stages import Division, costs_of, divide
 
@@ -169,7 +170,8 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
     found = Collector([*checks.of_numbers(recipe), *check.of_plan(recipe.plan)])
     scheme = found.attempt(scheme_of, recipe.plan.tensor)
     builder = found.attempt(family.pick, "models", recipe.model.name, "model.name")
-    found.attempt(family.pick, "optimizers", recipe.optimizer, "optimizer")
+    found.attempt(optimizer_of, recipe, None)
+    found.attempt(schedule_of, recipe.schedule)
     found.problems.extend(master.wrong(recipe))
     if recipe.loss_scale != scaling.AUTO:
         found.attempt(loss_scale_of, recipe.loss_scale)
@@ -201,9 +203,10 @@ def _checked(recipe: Recipe, inputs, labels, classes: int) -> tuple[Layer, Place
         found.problems.extend(check.of_zero(placement, recipe.plan))
         found.problems.extend(check.of_rows(placement, recipe.plan, recipe.batch, sizes.get("context")))
     if scheme and model:
-        found.problems.extend(check.of_model(placement, model.dims, _shapes(model), sizes))
-        block = _policy(recipe.plan).block if not found.problems else 1
-        found.problems.extend(check.of_blocks(placement, model.dims[0], _shapes(model)[0], block))
+        found.problems.extend(check.of_model(placement, model.dims, _shapes(model), sizes, fields))
+        if not found.problems:
+            block = _policy(recipe.plan).block
+            found.problems.extend(check.of_blocks(placement, model.dims[0], _shapes(model)[0], block))
     refuse(found.problems)
     return model, placement, division
 
@@ -258,28 +261,20 @@ def model_fields(recipe: Recipe, classes: int | None) -> dict:
     return fields | {"vocab": fields["vocab"] or classes, "context": fields["context"] or CONTEXT}
 
 
-def learning_rate(recipe: Recipe) -> optax.Schedule:
-    """From the number of updates done to the rate: warm-up, then a cosine down to a tenth."""
-    warmup = min(recipe.steps // 10, 100) if recipe.warmup is None else recipe.warmup
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else recipe.learning_rate,
-        peak_value=recipe.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=max(recipe.steps, warmup + 1),
-        end_value=recipe.learning_rate / 10,
-    )
-
-
 def optimizer_links(
     recipe: Recipe, model: Layer, loss_scale: LossScale | None = None
 ) -> tuple[optax.GradientTransformation, ...]:
     """Unscaling and clipping, if there is any, then the optimizer; only matrices decay."""
     decayed = jax.tree.map(lambda words: len(words.replace("layers ", "").split()) > 1, model.dims[0])
-    make = family.pick("optimizers", recipe.optimizer, "optimizer")
-    update = make(learning_rate(recipe), recipe.weight_decay, decayed)
+    update = optimizer_of(recipe, decayed)
     if loss_scale:
         return scaling.unscaling(loss_scale, recipe.clip), update
     return (optax.clip_by_global_norm(recipe.clip), update) if recipe.clip else (update,)
+
+
+def optimizer_of(recipe: Recipe, decayed) -> optax.GradientTransformation:
+    """The optimizer alone; `decayed`: which leaves decay."""
+    return spec.member("optimizers", recipe.optimizer, "optimizer")(learning_rate(recipe), recipe.weight_decay, decayed)
 
 
 def _in_recipe(problem: Problem) -> Problem:
@@ -289,7 +284,6 @@ def _in_recipe(problem: Problem) -> Problem:
 
 
 def _dataset(recipe: Recipe, data_dir: str | None) -> Dataset:
-    builder = family.pick("datasets", recipe.data.name, "data.name")
+    builder = spec.member("datasets", recipe.data.name, "data.name", ("seed", "vocab", "data_dir"))
     fields = model_fields(recipe, None) | {"batch": recipe.batch, "seed": recipe.seed, "data_dir": data_dir}
-    fields |= {"augment": recipe.data.augment}
     return builder(**family.accepted(builder, fields))

@@ -39,7 +39,8 @@ class Program(NamedTuple):
         place: `place((inputs, labels)) -> batch` on the devices, `[microbatches, examples, ...]`.
         step: jitted `step(state, batch) -> (state, metrics)`; the state is donated. If the loss or a gradient is no
             number, nothing but the count of steps changes, and `metrics["skipped"]` says so.
-        evaluate: jitted `evaluate(params, extra, batch) -> (nats, labels)`.
+        evaluate: jitted `evaluate(params, extra, batch) -> (nats, labels, right)`, summed over the batch; right is how
+            many labels have the largest logit, and 0 where an example has many labels.
         gradients: jitted `gradients(state, batch) -> Found`: the part that the layers are in, for tests and the bill.
     """
 
@@ -86,7 +87,7 @@ def program(parts: Parts, devices: Sequence[jax.Device] | None = None) -> Progra
     measured = spread(
         partial(evaluate, model, parts.pipeline, settings),
         in_specs=(param_specs, extra_specs, batch_specs),
-        out_specs=(PartitionSpec(), PartitionSpec()),
+        out_specs=(PartitionSpec(),) * 3,
     )
     whole = NamedSharding(mesh, PartitionSpec())
     return Program(

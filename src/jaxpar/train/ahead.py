@@ -15,11 +15,24 @@ from jaxpar.core.types import Dataset, State
 from jaxpar.report import chips, flops, remedies
 from jaxpar.report.bill import Bill, bill
 from jaxpar.report.remedies import Need
-from jaxpar.step.parts import Parts, learning_rate
+from jaxpar.step.parts import Parts
 from jaxpar.step.program import Program
+from jaxpar.step.rates import learning_rate
 from jaxpar.train.feed import checked
 
 RATES = 4096  # learning rates that are found at once
+
+
+class Score(NamedTuple):
+    """Means over the labels of held-out data.
+
+    Attributes:
+        nats: cross entropy.
+        accuracy: share of labels whose logit is the largest; None where an example has many labels.
+    """
+
+    nats: float
+    accuracy: float | None
 
 
 class Compiled(NamedTuple):
@@ -28,8 +41,8 @@ class Compiled(NamedTuple):
     Attributes:
         feed: `feed(step) -> batch`: the batch after `step` updates, checked and on the devices.
         step: `step(state, batch) -> (state, metrics)`; the state is donated.
-        held_out: `held_out(state, go_on) -> nats`: mean over the labels of the held-out batches; None if `go_on()`,
-            asked before each, said no.
+        held_out: `held_out(state, go_on) -> Score`, of the labels of all held-out batches; None if `go_on()`, asked
+            before each, said no.
         held_out_batches: how many there are; with 0 nothing is evaluated.
         rate: `rate(step)`: learning rate of the step after `step` updates.
         speed: `speed(seconds) -> values`: what a step that took so long means for metrics.jsonl.
@@ -41,7 +54,7 @@ class Compiled(NamedTuple):
 
     feed: Callable[[int], tuple]
     step: Callable[[State, tuple], tuple[State, dict]]
-    held_out: Callable[[State, Callable[[], bool]], float | None]
+    held_out: Callable[[State, Callable[[], bool]], Score | None]
     held_out_batches: int
     rate: Callable[[int], float]
     speed: Callable[[float], dict]
@@ -98,7 +111,9 @@ def ready(
     return state, Compiled(
         feed=lambda step: placed(dataset.batch(step), f"batch {step}"),
         step=step,
-        held_out=_held_out(evaluate, lambda i: placed(dataset.held_out(i), f"held-out batch {i}"), count),
+        held_out=_held_out(
+            evaluate, lambda i: placed(dataset.held_out(i), f"held-out batch {i}"), count, len(parts.labels.shape) == 1
+        ),
         held_out_batches=count,
         rate=_rate(recipe),
         speed=speed_of(parts.labels.shape, work, peak),
@@ -112,9 +127,10 @@ def ready(
 def speed_of(labels: tuple[int, ...], work: float, peak: float | None) -> Callable[[float], dict]:
     """`Compiled.speed`, for labels of this shape, model flops per step and peak flops per second of all devices.
 
-    Tokens are counted where each example has many labels, else examples.
+    Tokens are counted where each example is a sequence of labels, else examples, of which each pixel may have one.
     """
-    unit, count = "tokens_per_second" if len(labels) > 1 else "examples_per_second", math.prod(labels)
+    text = len(labels) == 2
+    unit, count = "tokens_per_second" if text else "examples_per_second", math.prod(labels[: 1 + text])
 
     def speed(seconds: float) -> dict:
         known = {"mfu": float(f"{work / seconds / peak:.4g}")} if peak else {}
@@ -123,11 +139,11 @@ def speed_of(labels: tuple[int, ...], work: float, peak: float | None) -> Callab
     return speed
 
 
-def _held_out(evaluate: Callable, batch: Callable[[int], tuple], count: int) -> Callable:
+def _held_out(evaluate: Callable, batch: Callable[[int], tuple], count: int, classifies: bool) -> Callable:
     """`Compiled.held_out`: one batch is placed while the one before it runs."""
 
-    def held_out(state: State, go_on: Callable[[], bool]) -> float | None:
-        total, waiting = np.zeros(2), []
+    def held_out(state: State, go_on: Callable[[], bool]) -> Score | None:
+        total, waiting = np.zeros(3), []
         for i in range(count + 1):
             if not go_on():
                 return None
@@ -135,8 +151,8 @@ def _held_out(evaluate: Callable, batch: Callable[[int], tuple], count: int) -> 
                 waiting.append(evaluate(state.params, state.extra, batch(i)))
             if len(waiting) > 1 or i == count:
                 total += [float(value) for value in jax.device_get(waiting.pop(0))]
-        nats, labels = total
-        return float(nats / max(labels, 1))
+        nats, labels, right = total
+        return Score(float(nats / max(labels, 1)), float(right / max(labels, 1)) if classifies else None)
 
     return held_out
 

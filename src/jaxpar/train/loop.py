@@ -94,10 +94,10 @@ def _evaluated(number: int, state: State, run: Compiled, written: Book, outside:
 
     written.settle()
     began = perf_counter()
-    nats = run.held_out(state, go_on)
-    if nats is not None:
-        written.held_out(number, nats, perf_counter() - began)
-    return nats is not None
+    score = run.held_out(state, go_on)
+    if score is not None:
+        written.held_out(number, score, perf_counter() - began)
+    return score is not None
 
 
 def _save_if_possible(number: int, state: State, written: Book, disk: Store, outside: Outside) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from jaxpar.core.recipe import Recipe
-from jaxpar.train.ahead import Compiled
+from jaxpar.train.ahead import Compiled, Score
 from jaxpar.train.stop import NonFinite
 
 
@@ -19,8 +19,8 @@ class Book(NamedTuple):
         step: `step(number, found, began, fed)`: the step was sent off; `found` is still on the devices. Times are of
             `time.perf_counter`: before its batch was made, and after that was on the devices.
         settle: wait for all steps that were sent off and write them down.
-        held_out: `held_out(number, nats, seconds)`: the loss on held-out data after `number` steps, and what finding it
-            took.
+        held_out: `held_out(number, score, seconds)`: the loss on held-out data after `number` steps, with the accuracy
+            of a classifier, and what finding them took.
         lines: all that is written so far, also before this run resumed.
     """
 
@@ -84,9 +84,10 @@ def book(write: Callable[[dict], None], lines: list[dict], recipe: Recipe, run: 
         while waiting:
             finish(*waiting.pop(0))
 
-    def held_out(number: int, nats: float, seconds: float) -> None:
+    def held_out(number: int, score: Score, seconds: float) -> None:
         settle()
-        put({"step": number, "held_out_loss": _or_null(nats), "evaluate_s": round(seconds, 3)})
+        right = {} if score.accuracy is None else {"held_out_accuracy": round(score.accuracy, 6)}
+        put({"step": number, "held_out_loss": _or_null(score.nats)} | right | {"evaluate_s": round(seconds, 3)})
 
     return Book(step, settle, held_out, lines)
 

@@ -104,7 +104,9 @@ def _teller() -> Callable[[dict], str]:
 
     def told(values: dict) -> str:
         if "held_out_loss" in values:
-            return f"held-out loss {_nats(values['held_out_loss'])}"
+            share = values.get("held_out_accuracy")
+            right = "" if share is None else f"  {share:.1%} right"
+            return f"held-out loss {_nats(values['held_out_loss'])}{right}"
         words = [f"loss {_nats(values['loss'])}" + (", update skipped" if "skipped" in values else "")]
         for unit in ("tokens", "examples"):
             if rate := values.get(f"{unit}_per_second"):

@@ -55,11 +55,13 @@ def finished(
     losses = [_number(line["loss"]) for line in lines if "loss" in line]
     held_out = [(line["step"], _number(line["held_out_loss"])) for line in lines if "held_out_loss" in line]
     values = {name: [line[name] for line in lines if name in line] for name in SPEEDS}
+    right = [line["held_out_accuracy"] for line in lines if "held_out_accuracy" in line]
     scales = [line["loss_scale"] for line in lines if "loss_scale" in line]
     summary = {
         "steps": int(state.step),
         "loss": next((line["loss"] for line in reversed(lines) if line.get("loss") is not None), None),
         "held_out_loss": next((line["held_out_loss"] for line in reversed(lines) if "held_out_loss" in line), None),
+        **({"held_out_accuracy": right[-1]} if right else {}),
         "skipped": sum("skipped" in line for line in lines),
         **({"loss_scale": scales[-1]} if scales else {}),
         **{name: round(statistics.median(found), 3) for name, found in values.items() if found},
