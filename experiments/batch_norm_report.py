@@ -45,7 +45,8 @@ def picture(path: Path, found: dict) -> Path:
     from matplotlib.figure import Figure
 
     norms = list(dict.fromkeys(row["norm"] for row in found["learned"]))
-    color = dict(zip(norms, COLORS, strict=False))
+    known = dict.fromkeys([*norms, *(row["norm"] for row in found["bias"])])
+    color = dict(zip(known, COLORS, strict=False))
     figure = Figure(figsize=(13, 4.4), dpi=150, layout="constrained")
     bias, mixed, skewed = figure.subplots(1, 3)
     for norm in dict.fromkeys(row["norm"] for row in found["bias"]):
