@@ -65,46 +65,71 @@ def told(rows: list[dict], options) -> str:
 
 
 def picture(path: Path, rows: list[dict], data: str) -> Path:
-    """Test accuracy against epochs, and at the end for each batch and beside what was published."""
+    """Test accuracy against epochs, for each batch (of one batch alone: the loss), and beside what was published."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 5), dpi=110, layout="constrained")
-    curves, batches, beside = figure.subplots(1, 3)
-    norms = list(dict.fromkeys(row["norm"] for row in rows))
+    figure = Figure(figsize=(17, 5.5), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 3)
     sizes = sorted({row["batch"] for row in rows}, reverse=True)
-    styles = dict(zip(sizes, ["-", "--", ":", "-.", *["-"] * len(sizes)], strict=False))
-    for row in rows:
-        epochs, shares = [0, *(one[0] for one in row["curve"])], [0, *(100 * one[2] for one in row["curve"])]
-        label = f"{row['norm']}, {row['batch']}: {row['accuracy']:.1%}"
-        look = {"color": COLORS[norms.index(row["norm"]) % len(COLORS)], "ls": styles[row["batch"]]}
-        curves.plot(epochs, shares, marker="o", ms=3, lw=1.5, label=label, **look)
-    curves.set(xlabel="epochs", ylabel="% of test images right", ylim=(0, 100), xlim=(0, None))
-    curves.set_title(f"{data}: ResNet-20; in the legend: norm, batch, at the end", loc="left", fontsize=10)
-    curves.legend(frameon=False, fontsize=8)
-    for norm in norms:
-        points = sorted((row["batch"], 100 * row["accuracy"]) for row in rows if row["norm"] == norm)
-        batches.plot(*zip(*points, strict=True), marker="o", color=COLORS[norms.index(norm) % len(COLORS)], label=norm)
-    batches.set_xscale("log", base=2)
-    batches.set_xticks(sizes, list(map(str, sizes)))
-    batches.set(xlabel="batch, each with the same time", ylabel="% right at the end", ylim=(0, 100))
-    batches.set_title("rate and momentum rescaled for each image", loc="left", fontsize=10)
-    batches.legend(frameon=False, fontsize=8)
-    _beside(beside, [row for row in rows if row["batch"] == sizes[0]], data)
-    for axes in (curves, batches, beside):
+    _curves(panels[0], rows, lambda one: 100 * one[2], 100 / (100 if data == "cifar100" else 10))
+    top = 100 + 5 * -(-len(rows) // len(sizes))  # room for the legend, a column for each batch
+    panels[0].set(ylabel="% of test images right", ylim=(0, top), yticks=range(0, 101, 20))
+    panels[0].set_title(f"{data}, ResNet-20; right at the end in the legend", loc="left", fontsize=10)
+    panels[0].legend(frameon=False, fontsize=8, loc="upper right", ncols=len(sizes))
+    if len(sizes) > 1:
+        _batches(panels[1], rows, sizes)
+    else:
+        _curves(panels[1], rows, lambda one: one[1])
+        panels[1].set(ylabel="test loss, nats")
+        panels[1].set_title("loss on test images", loc="left", fontsize=10)
+    _beside(panels[2], [row for row in rows if row["batch"] == sizes[0]], data)
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     return path
+
+
+def _color(row: dict, rows: list[dict]) -> str:
+    norms = list(dict.fromkeys(one["norm"] for one in rows))
+    return COLORS[norms.index(row["norm"]) % len(COLORS)]
+
+
+def _curves(axes, rows: list[dict], value, first: float | None = None) -> None:
+    """`value` of each look, against epochs; `first` before there was any."""
+    sizes = sorted({row["batch"] for row in rows}, reverse=True)
+    for row in rows:
+        points = [(one[0], value(one)) for one in row["curve"]]
+        points = [(0.0, first), *points] if first else points
+        style = ["-", "--", ":", "-."][sizes.index(row["batch"]) % 4]
+        label = f"{row['norm']}, {row['batch']}: {row['accuracy']:.1%}"
+        axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.5, ls=style, color=_color(row, rows), label=label)
+    axes.set(xlabel="epochs", xlim=(0, None))
+
+
+def _batches(axes, rows: list[dict], sizes: list[int]) -> None:
+    """Accuracy against the batch, a line for each norm."""
+    for norm in dict.fromkeys(row["norm"] for row in rows):
+        own = sorted((row for row in rows if row["norm"] == norm), key=lambda row: row["batch"])
+        points = [(row["batch"], 100 * row["accuracy"]) for row in own]
+        axes.plot(*zip(*points, strict=True), marker="o", color=_color(own[0], rows), label=norm)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, list(map(str, sizes)))
+    axes.set(xlabel="images in a batch", ylabel="% of test images right at the end", ylim=(0, 100))
+    axes.set_title("each with as much time; rate and momentum rescaled", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _beside(axes, rows: list[dict], data: str) -> None:
     """Bars of what was published and what was found here."""
     for place, row in enumerate(rows):
         published = PUBLISHED[data].get(row["norm"], (0, 0))[0]
-        for number, (value, name) in enumerate(((published, "published, 250 epochs"), (100 * row["accuracy"], "here"))):
+        bars = (published, "0.8", "published, 250 epochs"), (100 * row["accuracy"], COLORS[0], "here")
+        for number, (value, color, name) in enumerate(bars):
             at = place + 0.4 * number - 0.2
-            axes.bar(at, value, width=0.38, color=COLORS[1 - number], label=None if place else name)
+            axes.bar(at, value, width=0.38, color=color, label=None if place else name)
             axes.annotate(f"{value:.1f}" if value else "-", (at, value), ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(rows)), [row["norm"] for row in rows], fontsize=8)
-    axes.set(ylabel="% of test images right", ylim=(0, 100))
-    axes.set_title(f"batch {rows[0]['batch']}: {rows[0]['epochs']:.1f} epochs or so", loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.set(ylabel="% of test images right", ylim=(0, 115), yticks=range(0, 101, 20))
+    epochs = " to ".join(dict.fromkeys(f"{end(row['epochs'] for row in rows):.2g}" for end in (min, max)))
+    axes.set_title(f"batch {rows[0]['batch']}, {epochs} epochs", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)

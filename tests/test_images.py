@@ -521,10 +521,11 @@ def test_what_takes_long_says_how_long(capsys):
     now = [0.0]
     done = waiting.waiting("decoding", 100, "images", lambda: now[0])
     for count in range(1, 101):
-        now[0] += 0.25
+        now[0] += 1
         done(count)
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 12 and said[0] == "decoding: 8 of 100 images, about 0:23 left"
+    assert said[0] == "decoding: 2 of 100 images, about 1:38 left"
+    assert [int(line.split()[1]) for line in said] == [2, 4, 8, 16, 32, 62, 92]
 
 
 def test_images_are_light():
