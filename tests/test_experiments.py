@@ -370,10 +370,10 @@ def test_norm_memory_grows_with_the_batch_alone(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["online", "batch"])
+@pytest.mark.parametrize(("norm", "batch"), norm_memory.SMALL_CASES)
 @pytest.mark.parametrize("name", norm_memory.SMALL)
-def test_norm_memory_predicts_what_is_compiled(name, norm):
-    found = norm_memory.row(name, norm, 1 if norm == "online" else norm_memory.SMALL_BATCH)
+def test_norm_memory_predicts_what_is_compiled(name, norm, batch):
+    found = norm_memory.row(name, norm, batch)
     assert found["total"] == pytest.approx(found["compiled"], rel=0.15)
 
 
