@@ -118,9 +118,9 @@ def recipe_of(options: Options, norm: str, batch: int, steps: int) -> Recipe:
         warmup=0 if options.full else steps // 20,
         weight_decay=DECAY,
         clip=0.0,
-        evaluate_every=max(1, steps // POINTS),
+        evaluate_every=-(-steps // POINTS),
         evaluate_batches=max(1, min(LOOK // batch, LOOK // 8)),
-        checkpoint_every=max(1, steps // (2 * POINTS)),
+        checkpoint_every=-(-steps // (2 * POINTS)),
     )
 
 
