@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from harness import batch_of, losses, recipe_of, reference, run, start
+from harness import AS_USERS_DO, batch_of, built, losses, recipe_of, reference, run, start
 from laid_out import laid_out, pull
 from networks import NETWORKS
 from parity import assert_equal
@@ -23,6 +23,9 @@ from jaxpar.core.recipe import Data, Model, Recipe
 from jaxpar.core.refuse import Refused
 from jaxpar.layers.conv import conv, turns, up_conv
 from jaxpar.layers.pool import average_pool, global_average, max_pool
+from jaxpar.plan.wire import cost_of
+from jaxpar.report import account, bill, compiled, flops
+from jaxpar.report.memory import predicted
 from jaxpar.step.parts import assemble
 from jaxpar.train.ahead import speed_of
 
@@ -393,3 +396,45 @@ def test_volumes_are_those_of_one_device(plan, monkeypatch):
     monkeypatch.setitem(harness.IMAGES, "unet", (4, 6, 5, 2))
     model = Model("unet", layers=1, width=6, norm="layer", activation="gelu_tanh")
     check("unet", plan, model)
+
+
+# --- what is predicted of them
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["data=2,tensor=one_d:2", "tensor=two_d:2x2", "tensor=three_d:2x2x2", PIPES[0]])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bytes_sent_are_those_of_the_compiled_step(name, plan):
+    parts, made = built(recipe_of(NETWORKS[name], plan))
+    text = made.gradients.lower(made.shapes, made.batch).compile().as_text()
+    counted, said = bill.counted_in(parts, text), cost_of(account.gradient_lines(parts)).sent
+    assert not counted.unknown and counted.sent.keys() == said.keys()
+    np.testing.assert_allclose([counted.sent[key] for key in said], list(said.values()), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["resnet", "lenet", "alexnet"])
+def test_one_device_executes_what_the_model_asks_for(name):
+    """Strides, and windows of whole maps, included."""
+    parts, _ = built(recipe_of(NETWORKS[name], "data=1"))
+    assert flops.executed(parts) == flops.of_model(parts) > 0
+
+
+@pytest.mark.slow
+def test_flops_without_padding_are_those_of_the_compiled_step(monkeypatch):
+    monkeypatch.setitem(harness.IMAGES, "lenet", (32, 32, 1))
+    parts, made = built(recipe_of(Model("lenet", width=12), "data=1"))
+    text = made.gradients.lower(made.shapes, made.batch).compile(compiler_options=AS_USERS_DO).as_text()
+    *_, played = compiled.play(parts, text, None)
+    assert played.flops == pytest.approx(flops.executed(parts), rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["data=1", "tensor=two_d:2x2"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_memory_is_that_of_the_compiled_step(name, plan):
+    """Within 11 %."""
+    parts, made = built(recipe_of(NETWORKS[name], plan))
+    said = made.step.lower(made.shapes, made.batch).compile(compiler_options=AS_USERS_DO).memory_analysis()
+    fresh = said.output_size_in_bytes - said.alias_size_in_bytes
+    total = said.argument_size_in_bytes + said.temp_size_in_bytes + fresh
+    assert predicted(parts)["total"] == pytest.approx(total, rel=0.11)
