@@ -177,9 +177,10 @@ def scored(made, state, batches: list) -> tuple[float, float]:
 
 def affordable(options: Options, norm: str, batch: int, seconds: float) -> tuple[int, str]:
     """How many steps fit into `seconds` with all that comes with them, and a line on how that was found."""
-    whole = EPOCHS * IMAGES // batch
+    whole, began = EPOCHS * IMAGES // batch, time.perf_counter()
     compiled, step, evaluated = pace(recipe_of(options, norm, batch, 100), options.data_dir)
-    left = MARGIN * seconds - 2 * compiled - evaluated * (1 + POINTS * LOOK / 10_000)
+    spent = time.perf_counter() - began + compiled  # the run compiles again, for its own number of steps
+    left = MARGIN * seconds - spent - evaluated * (1 + POINTS * LOOK / 10_000)
     steps = max(2 * POINTS, min(whole, int(left / step)))
     said = f"compiles in {compiled:.0f} s, a step takes {step * 1e3:.1f} ms ({batch / step:.0f} images/s)"
     return steps, f"{norm}, batch {batch}: {said}: {steps} steps"
