@@ -84,9 +84,7 @@ def _losses(axes, rows: list[dict], norms: list[str], color: dict[str, str]) -> 
         axes.plot(place, ends[0], marker="o", mfc="white", **look)
         axes.plot(place, ends[1], marker="o", **look)
     axes.axhline(math.log(10), color="gray", lw=1, ls=":", zorder=0)
-    axes.annotate(
-        "guessing", (len(sizes) - 0.5, math.log(10)), xytext=(0, 3), color="gray", ha="right", fontsize=8, **NEAR
-    )
+    axes.annotate("guessing", (0.5, math.log(10)), xytext=(0, 3), color="gray", ha="center", fontsize=8, **NEAR)
     axes.set(yscale="log", xlabel="examples in a batch", ylabel="held-out loss, nats", ylim=(0.07, 1.2 * HIGHEST))
     axes.set_xticks(range(len(sizes)), list(map(str, sizes)))
     axes.set_yticks(ticks := [0.1, 0.2, 0.5, 1, 2], list(map(str, ticks)))

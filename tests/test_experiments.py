@@ -465,6 +465,7 @@ def test_digits_are_learned_one_at_a_time(tmp_path, monkeypatch, capsys):
         online_norm_digits.main(online_norm_digits.Options(norms="onlin", seeds=0))
 
 
+@pytest.mark.slow  # 7 s
 def test_batch_norm_faults_tells_biased_gradients_and_evaluation_apart(tmp_path, capsys, monkeypatch):
     for name, value in {"BIASED": {"batch": "batch", "group": "group"}, "NORMS": ("batch",), "BATCHES": (8,)}.items():
         monkeypatch.setattr(batch_norm_faults, name, value)

@@ -127,7 +127,7 @@ FORMULAS = {
 }
 
 
-QUICK = ("group:groups=4", "batch:replicas=3", "streaming:long=0+back=0+current=1")
+QUICK = ("group:groups=4",)
 SOME = pytest.mark.slow
 
 

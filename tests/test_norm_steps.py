@@ -96,7 +96,7 @@ PLANS = [
     "pipe=2,schedule=zero_bubble_h1",
     "pipe=2,data=2,schedule=one_f_one_b,remat=block",
 ]
-QUICK = [("streaming", PLANS[7]), ("weight", PLANS[2])]
+QUICK = [("streaming", PLANS[7])]
 
 
 @pytest.mark.parametrize(("norm", "plan"), QUICK)
