@@ -344,15 +344,15 @@ def in_microbatches(model, count):
     return run(recipe_of(model, f"microbatches={count}"))
 
 
-def check(name, plan, model=None):
+def check(name, plan, model=None, tolerance=None):
     """Loss, gradients and state equal those of one device, of the same microbatches."""
-    model = model or NETWORKS[name]
+    model, tolerance = model or NETWORKS[name], tolerance or TOLERANCE.get(name, 5e-6)
     number = re.search(r"microbatches=(\d+)", plan)
     want = in_microbatches(model, int(number[1])) if number else reference(model)
     got = run(recipe_of(model, plan))
     assert abs(got.loss - want.loss) <= 2e-6 * abs(want.loss)
-    assert_equal(got.gradients, want.gradients, tolerance=TOLERANCE.get(name, 5e-6))
-    assert_equal(got.extra, want.extra, tolerance=TOLERANCE.get(name, 5e-6))
+    assert_equal(got.gradients, want.gradients, tolerance=tolerance)
+    assert_equal(got.extra, want.extra, tolerance=tolerance)
     return got
 
 
@@ -379,15 +379,16 @@ def test_every_network_under_every_plan_is_that_of_one_device(name, plan):
 @pytest.mark.parametrize("layers", [18, 50])
 def test_the_forms_of_imagenet_are_those_of_one_device(layers, plan, monkeypatch):
     monkeypatch.setitem(harness.IMAGES, "resnet", (64, 64, 1))
-    check("unet", plan, replace(NETWORKS["resnet"], layers=layers, width=4))
+    check("resnet", plan, replace(NETWORKS["resnet"], layers=layers, width=4), 2e-5 if layers == 18 else 1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_learns(name):
-    rate = {"learning_rate": 1e-3 if name in ("vgg", "googlenet") else 3e-3}
-    found, _ = losses(recipe_of(replace(NETWORKS[name], activation=None), "data=2,tensor=one_d:2", **rate), 30)
-    assert np.isfinite(found).all() and found[-4:].mean() < 0.9 * found[:4].mean()
+def test_every_network_learns_as_on_one_device(name):
+    model, rate = NETWORKS[name], {"learning_rate": 1e-3}
+    want, got = (losses(recipe_of(model, plan, **rate), 16)[0] for plan in ("data=1", "data=2,tensor=one_d:2"))
+    np.testing.assert_allclose(got, want, rtol=1e-3)
+    assert got[-4:].mean() < got[:4].mean()
 
 
 @pytest.mark.slow
@@ -413,8 +414,9 @@ def test_bytes_sent_are_those_of_the_compiled_step(name, plan):
 
 
 @pytest.mark.parametrize("name", ["resnet", "lenet", "alexnet"])
-def test_one_device_executes_what_the_model_asks_for(name):
-    """Strides, and windows of whole maps, included."""
+def test_one_device_executes_what_the_model_asks_for(name, monkeypatch):
+    """Strides, and windows of whole maps, included; maps are no smaller than kernels."""
+    monkeypatch.setitem(harness.IMAGES, "resnet", (16, 16, 1))
     parts, _ = built(recipe_of(NETWORKS[name], "data=1"))
     assert flops.executed(parts) == flops.of_model(parts) > 0
 

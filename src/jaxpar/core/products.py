@@ -38,7 +38,7 @@ def sizes(equation) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
 
     No entry of a convolution's input meets one of the kernel twice, so along each dim of space there are no more sums
     than entries of either: the gradient of a convolution counts as much as the convolution, whatever zeros stand
-    between and around what it reads.
+    between and around what it reads; less where the map is smaller than the kernel.
     """
     name, out = equation.primitive.name, equation.outvars[0].aval.shape if equation.outvars else ()
     if name == "dot_general":
