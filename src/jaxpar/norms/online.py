@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core import compat
-from jaxpar.core.moments import SPACE, affine, wide
+from jaxpar.core.moments import SPACE, affine, refuse_cut, wide
 from jaxpar.core.refuse import Problem, near_miss, refuse
 from jaxpar.core.types import Layer
 
@@ -86,8 +86,8 @@ def online(
 
     The examples of a microbatch are one stream, in order, on however many devices; microbatches and steps follow each
     other. `replicas=N` cuts a microbatch into N streams that know nothing of each other: with N devices along `data`
-    no statistics are sent. Each keeps its state, and evaluation takes their mean; `average=true` makes one of them
-    after each microbatch. In evaluation mu and var are frozen and derivatives are ordinary; the control stays.
+    nothing is sent but the new states. Each keeps its own, and evaluation takes their mean; `average=true` makes one of
+    them after each microbatch. In evaluation mu and var are frozen and derivatives are ordinary; the control stays.
 
     Args:
         width: size of the last dim of x, over all devices.
@@ -104,12 +104,16 @@ def online(
 
     Returns:
         A layer from `x[batch, .., width]` to the same shape and dtype; statistics and state in float32.
-        `extra["backward"]` has u, v and how many `passes` went back.
+        `extra["backward"]` has u, v and how many `passes` went back. Under a loss scale u and v are kept as they come,
+        scaled.
+
+    Raises:
+        Refused: for arguments out of range, and groups that are not equal; at trace time, if replicas are not.
 
     Source: Chiley et al. 2019, arXiv:1905.05894, sections 3 and 4; the controller as in its reference code.
     """
     form = Form(forward, backward, eps, control, clamp)
-    _check(form, groups, replicas)
+    _check(form, width, groups, replicas)
     trained, names = affine(width, dims, bias=bias)
     states, words = ((), dims) if replicas == 1 or average else ((replicas,), f"replicas {dims}")
 
@@ -122,6 +126,7 @@ def online(
         ask = _ask(ctx, dims, x, groups, replicas)
         if not ctx.train:
             return checkpoint_name(_still(form, ask, params, extra["forward"], x), "norm"), extra
+        refuse_cut("online", ctx.extent("batch", len(x), beside=dims), replicas)
         seen, after = _statistics(form, ask, extra["forward"], x)
         z, backward = _controlled(form, ask)(*_varying((x, params, seen)), extra["backward"])
         return checkpoint_name(z, "norm"), {"forward": after, "backward": backward}
@@ -130,7 +135,7 @@ def online(
     return Layer(init, apply, dims=(names, state))
 
 
-def _check(form: Form, groups: int, replicas: int) -> None:
+def _check(form: Form, width: int, groups: int, replicas: int) -> None:
     """Refuse numbers outside of their ranges."""
     found = []
 
@@ -144,6 +149,9 @@ def _check(form: Form, groups: int, replicas: int) -> None:
         must(0 < getattr(form, name) < math.inf, name, getattr(form, name), "must be positive.", f"{name}=1e-5")
     for name, value in (("groups", groups), ("replicas", replicas)):
         must(value >= 1, name, value, "must be at least 1.", f"{name}=1")
+    if groups >= 1:
+        rule = f"{width} features, which a layer of the model has, are no {groups} equal groups."
+        must(width % groups == 0, "groups", groups, rule, f"groups={math.gcd(width, groups)}")
     must(form.control in CONTROLS, "control", form.control, "there is no such one.", near_miss(form.control, CONTROLS))
     refuse(found)
 
