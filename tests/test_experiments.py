@@ -24,6 +24,7 @@ from experiments import (
     pipeline_memory,
     precision,
     precision_gradients,
+    recurrent,
     rounding,
     scaling,
     tensor_parallel,
@@ -322,6 +323,30 @@ def test_loss_scaling_shows_what_is_claimed(tmp_path, capsys, monkeypatch):
     assert sunk["scales"][-1] < 1 and floored["scales"][-1] == 32768 and sunk["skipped"] == floored["skipped"] == 20
     assert (tmp_path / "t" / "loss_scaling.png").read_bytes().startswith(b"\x89PNG")
     assert "enhanced" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_recurrent_compares_norms_with_the_published_ones(tmp_path, capsys, monkeypatch):
+    small = replace(recurrent.BASE, model=Model(layers=1, width=32, hidden=32, context=16), batch=8)
+    monkeypatch.setattr(recurrent, "BASE", small)
+    recurrent.main(recurrent.Options("t", str(tmp_path), models="rnn", steps=60, rates="0.003,0.01"))
+    found = json.loads((tmp_path / "t" / "table.json").read_text())
+    rows = {row["norm"]: row for row in found["rows"]}
+    assert [row["paper"] for row in rows.values()] == [172.0, 141.9, 129.2] and rows["none"]["ratio"] == 1
+    for norm, row in rows.items():
+        own = [run for run in found["runs"] if run["norm"] == norm]
+        assert row["perplexity"] == min(run["curve"][-1][1] for run in own) < 100 and len(own) == 2
+        assert all(run["losses"][-1] < run["losses"][0] for run in own)
+    assert (tmp_path / "t" / "recurrent.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr()
+    assert "129.2" in printed.out and "about 0 s left" in printed.err
+
+
+def test_recurrent_scales_decays_to_its_steps_and_names_every_wrong_option():
+    assert recurrent.norm_of("rnn", "layer") == "layer"
+    assert recurrent.norm_of("rnn", "online") == f"online:forward={1 - 2**-13!r}+backward={1 - 2**-6!r}"
+    with pytest.raises(Refused, match=r"(?s)models = gpt.*rates = 0.1,x.*steps = 1.*seeds = 0"):
+        recurrent.main(recurrent.Options(models="gpt", rates="0.1,x", steps=1, seeds=0))
 
 
 def test_norm_memory_grows_with_the_batch_alone(tmp_path, capsys, monkeypatch):

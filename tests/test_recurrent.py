@@ -230,8 +230,13 @@ def on_one_device(model, microbatches):
     return run(recipe_of(model, f"microbatches={microbatches}"))
 
 
-def check(model, plan, tolerance):
-    """Loss, gradients, state and bytes sent."""
+def check(model, plan, norm):
+    """Loss, gradients, state and bytes sent.
+
+    Gradients of online norm are sums of controlled ones over all positions, of which each has what the later ones left:
+    what is rounded differently grows on the way.
+    """
+    tolerance = 2e-5 if "online" in norm else 5e-6
     got = run(recipe_of(model, plan))
     want = on_one_device(model, got.parts.microbatches)
     assert abs(got.loss - want.loss) <= 2e-6 * abs(want.loss)
@@ -258,7 +263,7 @@ def without_counts(extra):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "norm", "plan"), PRODUCT)
 def test_a_language_model_is_what_one_device_finds(name, norm, plan):
-    passes = check(with_norm(TEXT[name], norm), plan, 5e-6)
+    passes = check(with_norm(TEXT[name], norm), plan, norm)
     assert len(passes) == (0 if "online" not in norm else {"rnn": 1, "lstm": 5, "gru": 3}[name])
 
 
@@ -266,8 +271,8 @@ def test_a_language_model_is_what_one_device_finds(name, norm, plan):
 @pytest.mark.parametrize("plan", ["tensor=one_d:4", "tensor=two_d:2x2", "tensor=three_d:2x2x2", PLANS[-1]])
 @pytest.mark.parametrize(("name", "norm"), CLASSIFIERS)
 def test_a_classifier_of_rows_of_an_image_is_what_one_device_finds(name, norm, plan):
-    check(with_norm(IMAGES[name], norm), plan, 5e-6)
+    check(with_norm(IMAGES[name], norm), plan, norm)
 
 
 def test_a_classifier_with_online_norm_on_a_mesh_is_what_one_device_finds():
-    check(with_norm(variant(IMAGES["rnn"], layers=1), "online"), "data=2,tensor=one_d:2", 5e-6)
+    check(with_norm(variant(IMAGES["rnn"], layers=1), "online"), "data=2,tensor=one_d:2", "online")

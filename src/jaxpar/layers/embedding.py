@@ -77,7 +77,7 @@ def logits(ctx, x, weight, classes: int, bias=None):
     return jnp.where(ctx.start("vocab", count) + jnp.arange(count) < classes, y, MASKED)
 
 
-def language(vocab: int, width: int, body: dict[str, Layer], *, tied: bool) -> Layer:
+def language(vocab: int, width: int, body: dict[str, Layer], *, tied: bool, deviation: float = 0.02) -> Layer:
     """From `ids[batch, context]` to `logits[batch, context, vocab]`, in inner rows.
 
     Args:
@@ -85,11 +85,14 @@ def language(vocab: int, width: int, body: dict[str, Layer], *, tied: bool) -> L
         width: features of the residual stream.
         body: what stands between the token table and the head.
         tied: whether the head is the token table transposed.
+        deviation: standard deviation of the initial token table.
 
     Source: Press and Wolf 2017 (tied head), arXiv:1608.05859.
     """
     last = tied_head(vocab) if tied else head(width, vocab)
-    return chain({"tokens": tokens(vocab, width), **body, "head": last}, reads={"head": "tokens"} if tied else {})
+    return chain(
+        {"tokens": tokens(vocab, width, deviation), **body, "head": last}, reads={"head": "tokens"} if tied else {}
+    )
 
 
 def features(count: int, width: int) -> Layer:
@@ -105,7 +108,13 @@ def features(count: int, width: int) -> Layer:
 
 
 def sequences(
-    vocab: int, width: int, body: dict[str, Layer], *, example: tuple[int, ...] | None, tied: bool = True
+    vocab: int,
+    width: int,
+    body: dict[str, Layer],
+    *,
+    example: tuple[int, ...] | None,
+    tied: bool = True,
+    deviation: float = 0.02,
 ) -> Layer:
     """A language model of tokens; or of other sequences a classifier, by what is at their last position.
 
@@ -116,8 +125,9 @@ def sequences(
         example: shape of one input: (context,) or None for tokens; else (context, features) or, of images that are read
             row by row, (height, width, channels).
         tied: whether the head of a language model is the token table transposed.
+        deviation: standard deviation of its initial token table.
     """
     if example is None or len(example) == 1:
-        return language(vocab, width, body, tied=tied)
+        return language(vocab, width, body, tied=tied, deviation=deviation)
     last = {"last": function(lambda x, ctx: x[:, -1]), "head": head(width, vocab)}
     return chain({"features": features(math.prod(example[1:]), width), **body, **last})

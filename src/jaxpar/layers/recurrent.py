@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxpar.core.against_time import begun, ended, halves, merged
 from jaxpar.core.moments import wide
 from jaxpar.core.parts import broadened, join, normal
 from jaxpar.core.types import Layer
@@ -141,8 +142,11 @@ def unrolled(cell: Cell, width: int, hidden: int, *, norm: MakeNorm | None = Non
             return (states, new), states[0]
 
         states = states or (jnp.zeros_like(xs[0][0]),) * cell.states
-        (_, after), h = ctx.loop(body, (states, extra.get("norm", {})), xs)
-        return jnp.moveaxis(h, 0, 1).astype(x.dtype), extra | ({"norm": after} if norm else {})
+        running, control = halves(extra.get("norm", {}))
+        (_, after), h = ctx.loop(body, (states, merged(running, begun(control))), xs)
+        running, carried = halves(after)
+        h, control = ended(h, carried, control)
+        return jnp.moveaxis(h, 0, 1).astype(x.dtype), extra | ({"norm": merged(running, control)} if norm else {})
 
     return Layer(init, apply, dims=(dims | {"norm": norm_dims[0]}, {"norm": norm_dims[1]}) if norm else (dims, {}))
 

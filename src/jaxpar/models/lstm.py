@@ -20,7 +20,7 @@ def lstm(
     dropout: float = 0.0,
     norm: str = "none",
     bias: bool = True,
-    tied: bool = True,
+    tied: bool = False,
 ) -> Layer:
     """From `ids[batch, context]` to `logits[batch, context, vocab]`; each sequence starts from zero states.
 
@@ -46,4 +46,5 @@ def lstm(
         "down": dense(hidden, width, "mlp embed", bias=bias),
         "dropout": dropout_layer(dropout, "recurrence"),
     }
-    return sequences(vocab, width, {"blocks": stack(residual(block), layers)}, example=example, tied=tied)
+    body = {"blocks": stack(residual(block), layers)}
+    return sequences(vocab, width, body, example=example, tied=tied, deviation=0.02 if tied else 1.0)

@@ -22,7 +22,7 @@ def rnn(
     norm: str = "none",
     activation: str = "tanh",
     bias: bool = True,
-    tied: bool = True,
+    tied: bool = False,
 ) -> Layer:
     """From `ids[batch, context]` to `logits[batch, context, vocab]`; each sequence starts from a zero state.
 
@@ -48,4 +48,5 @@ def rnn(
         "down": dense(hidden, width, "mlp embed", bias=bias),
         "dropout": dropout_layer(dropout, "recurrence"),
     }
-    return sequences(vocab, width, {"blocks": stack(residual(block), layers)}, example=example, tied=tied)
+    body = {"blocks": stack(residual(block), layers)}
+    return sequences(vocab, width, body, example=example, tied=tied, deviation=0.02 if tied else 1.0)
