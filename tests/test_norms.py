@@ -246,6 +246,9 @@ def test_a_norm_that_reads_weights_is_refused_where_there_are_none():
         free("propagation")
     with pytest.raises(Refused, match=r"model\.norm.*instance:running=true.*that it is to predict"):
         free("instance:running=true", causal=True)
+    for norm in ("streaming", "batch_renorm:begin=0"):
+        with pytest.raises(Refused, match=rf"model\.norm = {norm}: .*inside a cell"):
+            free(norm, cell=True)
     assert free("instance")(8).dims[0] == {"gain": "embed", "bias": "embed"}
 
 

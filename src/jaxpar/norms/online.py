@@ -10,7 +10,8 @@ d_t the gradient of y_t and <.> means over space, in the same order of examples:
     dx_t = d'_t / sqrt(var_{t-1} + eps) - (1 - b) u_{t-1},    u_t = u_{t-1} + <dx_t>
 
 This is no derivative of the forward pass: u and v are what past gradients had of the directions 1 and y, which a
-normalization takes away. v is stable while (1 - b) <y^2> < 2, which the control of errors sees to.
+normalization takes away. v is stable while (1 - b) <y^2> < 2, which the control of errors sees to. Under a loss scale
+u and v are those of scaled gradients, as they come.
 """
 
 import math
@@ -104,11 +105,7 @@ def online(
 
     Returns:
         A layer from `x[batch, .., width]` to the same shape and dtype; statistics and state in float32.
-        `extra["backward"]` has u, v and how many `passes` went back. Under a loss scale u and v are kept as they come,
-        scaled.
-
-    Raises:
-        Refused: for arguments out of range, and groups that are not equal; at trace time, if replicas are not.
+        `extra["backward"]` has u, v and how many `passes` went back.
 
     Source: Chiley et al. 2019, arXiv:1905.05894, sections 3 and 4; the controller as in its reference code.
     """
@@ -126,7 +123,6 @@ def online(
         ask = _ask(ctx, dims, x, groups, replicas)
         if not ctx.train:
             return checkpoint_name(_still(form, ask, params, extra["forward"], x), "norm"), extra
-        refuse_cut("online", ctx.extent("batch", len(x), beside=dims), replicas)
         seen, after = _statistics(form, ask, extra["forward"], x)
         z, backward = _controlled(form, ask)(*_varying((x, params, seen)), extra["backward"])
         return checkpoint_name(z, "norm"), {"forward": after, "backward": backward}
@@ -170,6 +166,7 @@ def _ask(ctx, dims: str, x, groups: int, replicas: int) -> Ask:
         return ctx.mean(q, dims, over) if over else q
 
     def stream(decay, inputs, start):
+        refuse_cut("online", ctx.extent("batch", len(x), beside=dims), replicas)
         given = start.reshape(*start.shape[:-1], *[1] * (x.ndim - 2), start.shape[-1]).astype(inputs.dtype)
         shared = replicas > 1 and start.ndim == 1
         given = jnp.broadcast_to(given, (replicas, *given.shape)) if shared else given
