@@ -1,6 +1,6 @@
 """Does a ResNet-20 learn CIFAR as well with online normalization as with batch normalization, and one image at a time?
 
-Chiley et al. 2019 (arXiv:1905.05894, tables 2 and 4; the recipe and these figures as in its reference code) train 250
+Chiley et al. 2019 (arXiv:1905.05894; recipe and figures as in its reference code, medians of up to 5 runs) train 250
 epochs of batches of 128: SGD, rate 0.1, a tenth of it from epochs 100, 150 and 200 on, momentum 0.9, decay 2e-4 and
 layer scaling; decays of online norm 1 - 2^-10 and 1 - 2^-7 on CIFAR-10, 1 - 2^-9 and 1 - 2^-4 on CIFAR-100:
 
@@ -14,11 +14,13 @@ Expect of the whole schedule: these. Of a few epochs on a CPU: online near batch
 1, where the rate and the momentum are rescaled so that each image counts as before: momentum m^(b/128), rate x (b/128)
 (1 - m^(b/128)) / (1 - m). `--budget` minutes are shared out among the runs, each of which is timed first; what does not
 fit is left out: then the rate rises over a twentieth of the steps and falls to 0 in a straight line. The table says
-which part of the published epochs a run had. `--full` is all of them, for an accelerator: bfloat16, the images on the
-device. It was never run yet. Only matrices decay here, there also gains and biases.
+which part of the published epochs a run had. Only matrices decay here.
 
-Test images are looked at 4 times in a run (a fifth of them), and all 10,000 at its end. Images that come as JPEG (see
-`data list`) are lossy, so a little below the published ones. A run that was stopped goes on by the same command.
+Test images are looked at 4 times in a run (a fifth of them), and all 10,000 at its end. Images that come as JPEG are
+lossy, so a little below the published ones. A run that was stopped goes on by the same command.
+
+`--full` is all 250 epochs, for an accelerator: in bfloat16, the images on the device, from start to end in one go. It
+was tried on small stand-ins only, for want of an accelerator.
 
     python -m experiments.online_norm --data-dir FOLDER --budget 60
     python -m experiments.online_norm --data-dir FOLDER --norms online --batches 128 --budget 20 --name resnet20
@@ -118,9 +120,9 @@ def recipe_of(options: Options, norm: str, batch: int, steps: int) -> Recipe:
         warmup=0 if options.full else steps // 20,
         weight_decay=DECAY,
         clip=0.0,
-        evaluate_every=max(1, steps // POINTS),
+        evaluate_every=-(-steps // POINTS),
         evaluate_batches=max(1, min(LOOK // batch, LOOK // 8)),
-        checkpoint_every=max(1, steps // (2 * POINTS)),
+        checkpoint_every=-(-steps // (2 * POINTS)),
     )
 
 
@@ -175,9 +177,10 @@ def scored(made, state, batches: list) -> tuple[float, float]:
 
 def affordable(options: Options, norm: str, batch: int, seconds: float) -> tuple[int, str]:
     """How many steps fit into `seconds` with all that comes with them, and a line on how that was found."""
-    whole = EPOCHS * IMAGES // batch
+    whole, began = EPOCHS * IMAGES // batch, time.perf_counter()
     compiled, step, evaluated = pace(recipe_of(options, norm, batch, 100), options.data_dir)
-    left = MARGIN * seconds - 2 * compiled - evaluated * (1 + POINTS * LOOK / 10_000)
+    spent = time.perf_counter() - began + compiled  # the run compiles again, for its own number of steps
+    left = MARGIN * seconds - spent - evaluated * (1 + POINTS * LOOK / 10_000)
     steps = max(2 * POINTS, min(whole, int(left / step)))
     said = f"compiles in {compiled:.0f} s, a step takes {step * 1e3:.1f} ms ({batch / step:.0f} images/s)"
     return steps, f"{norm}, batch {batch}: {said}: {steps} steps"

@@ -87,7 +87,7 @@ def trained(recipe: Recipe, looks, tests: list) -> dict:
 
     parts, dataset = prepare(recipe)
     made, curve, began = program(parts), [], time.perf_counter()
-    state, every, count = made.init(), recipe.steps // POINTS, len(dataset.splits[0])
+    state, every, count = made.init(), -(-recipe.steps // POINTS), len(dataset.splits[0])
     step = made.step.lower(state, made.place(dataset.batch(0))).compile()
     done = waiting(f"{recipe.model.norm}, batch {recipe.batch}, seed {recipe.seed}", recipe.steps, "steps")
     for number in range(1, recipe.steps + 1):

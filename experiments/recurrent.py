@@ -111,7 +111,7 @@ def trained(model: str, norm: str, rate: float, seed: int, options: Options) -> 
             losses.append(metrics["loss"])
         jax.block_until_ready(state)
         seconds += time.perf_counter() - began
-        nats, count = np.sum([made.evaluate(state.params, state.extra, batch) for batch in held_out], 0)
+        nats, count, *_ = np.sum([made.evaluate(state.params, state.extra, batch) for batch in held_out], 0)
         curve.append((end, math.exp(nats / count)))
     found = {"model": model, "norm": norm, "rate": rate, "seed": seed, "curve": curve, "source": dataset.source}
     return found | {"losses": [float(loss) for loss in losses], "step_ms": 1e3 * seconds / options.steps}

@@ -1,4 +1,7 @@
-"""A small residual network of convolutions, each with a norm behind it: a user's model, for any norm there is."""
+"""A small residual network of convolutions, each with a norm behind it: a user's model, for any norm there is.
+
+Blocks end in a function: of what instance norm gives the mean over places is the bias alone.
+"""
 
 from jaxpar.core.parts import chain, function, residual
 from jaxpar.core.types import Layer
@@ -19,7 +22,7 @@ def normed(*, example: tuple[int, ...], vocab: int, layers: int = 4, width: int 
     return chain(
         {
             "stem": normalized(conv(example[-1], width, "- embed"), norm, width, "embed", bend),
-            "blocks": stack(residual(branch), layers),
+            "blocks": stack(chain({"branch": residual(branch), "bend": function(lambda x, ctx: bend(x))}), layers),
             "pool": function(lambda x, ctx: ctx.mean(x, "embed", "height width")[:, 0, 0]),
             "head": head(width, vocab),
         }

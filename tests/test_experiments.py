@@ -10,6 +10,7 @@ import pytest
 
 from experiments import (
     accumulation,
+    batch_norm_faults,
     loss_scaling,
     memory,
     memory_depth,
@@ -369,10 +370,10 @@ def test_norm_memory_grows_with_the_batch_alone(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["online", "batch"])
+@pytest.mark.parametrize(("norm", "batch"), norm_memory.SMALL_CASES)
 @pytest.mark.parametrize("name", norm_memory.SMALL)
-def test_norm_memory_predicts_what_is_compiled(name, norm):
-    found = norm_memory.row(name, norm, 1 if norm == "online" else norm_memory.SMALL_BATCH)
+def test_norm_memory_predicts_what_is_compiled(name, norm, batch):
+    found = norm_memory.row(name, norm, batch)
     assert found["total"] == pytest.approx(found["compiled"], rel=0.15)
 
 
@@ -462,3 +463,20 @@ def test_digits_are_learned_one_at_a_time(tmp_path, monkeypatch, capsys):
     assert re.search(r"online +\d\d\.\d%", capsys.readouterr().out)
     with pytest.raises(Refused, match=r"norms = onlin.*\n.*seeds = 0"):
         online_norm_digits.main(online_norm_digits.Options(norms="onlin", seeds=0))
+
+
+def test_batch_norm_faults_tells_biased_gradients_and_evaluation_apart(tmp_path, capsys, monkeypatch):
+    for name, value in {"BIASED": {"batch": "batch", "group": "group"}, "NORMS": ("batch",), "BATCHES": (8,)}.items():
+        monkeypatch.setattr(batch_norm_faults, name, value)
+    monkeypatch.setattr(batch_norm_faults, "KNOWN", 256)
+    batch_norm_faults.main(batch_norm_faults.Options("t", str(tmp_path), passes=1, sizes=2, examples=400, seeds=1))
+    found = json.loads((tmp_path / "t" / "table.json").read_text())
+    distance = {row["norm"]: row["distance"] for row in found["bias"]}
+    assert distance["group"] < 1e-5 < 0.1 < distance["batch"]
+    apart = {row["skewed"]: row["runs"][0] for row in found["learned"]}
+    assert apart[True]["evaluation"]["loss"] > apart[False]["evaluation"]["loss"] > 0
+    printed = capsys.readouterr()
+    assert "one class" in printed.out and "4 of 4" in printed.err
+    assert (tmp_path / "t" / "batch_norm_faults.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(Refused, match=r"sizes.*from 2 to 128"):
+        batch_norm_faults.main(batch_norm_faults.Options(sizes=1))

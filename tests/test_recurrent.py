@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from harness import CONTEXT, recipe_of, run, start, variant
+from laid_out import pull
 from parity import assert_equal
 
 from jaxpar.core.parts import chain
@@ -51,26 +52,9 @@ def test_recurrent_layers_give_the_states_and_gradients_of_torch(name, layers):
 
 
 def normed(kind, width, hidden, norm):
-    """A layer and its jitted `(params, extra, x, states, dy) -> (y, (gradients of params, x, states), extra)`."""
+    """A layer and its jitted `(params, extra, (x, states), dy) -> Pulled` on one device."""
     layer = getattr(recurrent, kind)(width, hidden, norm=norm)
-
-    @jax.jit
-    def run(params, extra, x, states, dy):
-        def apply(params, backward, x, states):
-            state = jax.tree.map(lambda one, other: one | {"backward": other}, extra["norm"], backward, is_leaf=is_norm)
-            y, new = layer.apply(params, {"norm": state}, (x, states), ONE_DEVICE)
-            return y, jax.tree.map(lambda one: one["forward"], new["norm"], is_leaf=is_norm)
-
-        def is_norm(tree):
-            return "forward" in tree
-
-        backward = jax.tree.map(lambda one: one["backward"], extra["norm"], is_leaf=is_norm)
-        y, back, forward = jax.vjp(apply, params, backward, x, states, has_aux=True)
-        trained, backward, dx, dstates = back(dy)
-        new = {name: {"forward": forward[name], "backward": backward[name]} for name in forward}
-        return y, (trained, dx, dstates), {"norm": new}
-
-    return layer, run
+    return layer, jax.jit(partial(pull, lambda *local: layer.apply(*local, ONE_DEVICE)))
 
 
 def test_an_rnn_with_online_norm_is_the_reference_s_over_three_sequences():
@@ -92,9 +76,9 @@ def test_an_rnn_with_online_norm_is_the_reference_s_over_three_sequences():
         x, dy, h = arrays["x"][number], arrays["gy"][number], arrays["h0"][number]
         y, dx = (arrays[f"s{number}/{key}"] for key in ("y", "grad_x"))
         x, dy, y, dx = (np.moveaxis(a, 1, 0) for a in (x, dy, y, dx))
-        found, gradients, extra = run(named("param"), extra, x, (h,), dy)
+        found, gradients, extra = run(named("param"), extra, (x, (h,)), dy)
         assert_equal(found, y, tolerance=5e-6)
-        want = named(f"s{number}/grad"), dx, (arrays[f"s{number}/grad_h0"],)
+        want = named(f"s{number}/grad"), (dx, (arrays[f"s{number}/grad_h0"],))
         assert_equal(gradients, want, tolerance=5e-6)
         state = {key: arrays[f"s{number}/norm0/{key}"] for key in ("mu", "var", "u", "v")}
         passes = np.float32(5 * (number + 1))  # once for each position
@@ -177,7 +161,7 @@ def numpy_lstm(params, states, x, h, c, dy, decays):
                 total[f"{name}_{side}"]["bias"] += da.sum(0)
             dx[:, t] += da @ params[f"{name}_in"]["weight"].T
             dh = dh + da @ params[f"{name}_hidden"]["weight"].T
-    return np.stack(ys, 1), (total, dx, (dh, dc))
+    return np.stack(ys, 1), (total, (dx, (dh, dc)))
 
 
 def test_an_lstm_with_online_norm_is_plain_loops_over_two_sequences():
@@ -189,7 +173,7 @@ def test_an_lstm_with_online_norm_is_plain_loops_over_two_sequences():
     states = {name: {**one["forward"], **one["backward"]} for name, one in exact[1].items()}
     for _ in range(2):
         x, dy, h, c = (rng.normal(size=(5, *shape)) for shape in ((6, 3), (6, 4), (4,), (4,)))
-        y, gradients, extra = run(params, extra, x, (h, c), dy)
+        y, gradients, extra = run(params, extra, (x, (h, c)), dy)
         want = numpy_lstm(exact[0], states, x, h, c, dy, decays)
         assert_equal((y, gradients), want, tolerance=5e-6)
         for name, one in extra["norm"].items():

@@ -18,7 +18,7 @@ def draws(seed: int, positions: np.ndarray) -> np.ndarray:
     Returns:
         uint64 `[batch]`.
 
-    Source: Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195, figure 16 (the constants: its public-domain code).
+    Source: Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195 (the constants: its public-domain code).
     """
     start = _mixed(np.array([seed], np.uint64) + GOLDEN)
     return _mixed(start + (np.asarray(positions, np.uint64) + np.uint64(1)) * GOLDEN)
@@ -39,7 +39,7 @@ def pad_crop_flip(images: np.ndarray, seed: int, positions: np.ndarray, pad: int
     Returns:
         uint8, of the same shape.
 
-    Source: He et al. 2016, arXiv:1512.03385, section 4.2, with 4 pixels; Lee et al. 2015, arXiv:1409.5185, section 3.
+    Source: He et al. 2016, arXiv:1512.03385, section 4.2, with 4 pixels; Lee et al. 2015, arXiv:1409.5185.
     """
     count, height, width, channels = images.shape
     down, right, mirrored = choices(seed, positions, pad)

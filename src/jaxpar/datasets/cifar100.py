@@ -44,8 +44,8 @@ def cifar100(*, batch: int, seed: int = 0, augment: bool = True, data_dir: str |
     Raises:
         Refused: if the images cannot be had whole, or the batch exceeds the held-out ones.
 
-    Source: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images, section 3; means and deviations of
-    its training images; size and checksum of the archive as in TensorFlow Datasets.
+    Source: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images; means and deviations of its
+    training images; size and checksum of the archive as in TensorFlow Datasets.
     """
     images = cifar_images(KIND, data_dir)
     return image_dataset(images, COLOURS, batch=batch, classes=KIND.classes, seed=seed, augment=augment)

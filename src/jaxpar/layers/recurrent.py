@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpar.core.against_time import begun, ended, halves, merged
+from jaxpar.core.backward import begun, ended, halves, merged
 from jaxpar.core.moments import wide
 from jaxpar.core.parts import broadened, join, normal
 from jaxpar.core.types import Layer

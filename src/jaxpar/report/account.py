@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpar.core import compat
+from jaxpar.core.backward import halves
 from jaxpar.core.cost import Cost
 from jaxpar.core.policy import plain
 from jaxpar.core.scheme import Axes
@@ -16,7 +17,6 @@ from jaxpar.report.traced import lines, shares_of
 from jaxpar.step.executor import SCOPE
 from jaxpar.step.objective import labelled, nats
 from jaxpar.step.parts import Parts
-from jaxpar.step.pieces import halves
 from jaxpar.step.program import traced
 
 

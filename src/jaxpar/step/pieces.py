@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpar.core import compat
+from jaxpar.core.backward import halves, merged
 from jaxpar.core.types import Tree
 from jaxpar.plan import offload, zero
 from jaxpar.plan.context import Settings, context
@@ -251,19 +252,3 @@ def _wanted(role: Role, results: Made, *, residual: bool, split: bool) -> dict[s
     lead = [name for name in lead if name not in tail or not first]
     back = {"B": after._replace(own=own(lead if split else [*lead, *rest]))}
     return first | back | ({"W": Made(own=own(rest))} if split else {})
-
-
-def halves(extra: Tree) -> tuple[Tree, Tree]:
-    """The forward and the backward half of state without gradient; each has None where the other has its own."""
-
-    def backward(path):
-        return any(getattr(step, "key", None) == "backward" for step in path)
-
-    one = jax.tree_util.tree_map_with_path(lambda path, leaf: None if backward(path) else leaf, extra)
-    other = jax.tree_util.tree_map_with_path(lambda path, leaf: leaf if backward(path) else None, extra)
-    return one, other
-
-
-def merged(forward: Tree, backward: Tree) -> Tree:
-    """The state whose halves these are."""
-    return jax.tree.map(lambda a, b: b if a is None else a, forward, backward, is_leaf=lambda leaf: leaf is None)
