@@ -124,7 +124,14 @@ def sent(norm, plan):
 
 
 WAYS = ("forward", "backward")
-BILLS = [*NORMS, "batch:replicas=4", "instance:running=true", "batch:cumulative=true", "layer:over=example"]
+BILLS = [
+    *NORMS,
+    "batch:replicas=4",
+    "online:replicas=4",
+    "instance:running=true",
+    "batch:cumulative=true",
+    "layer:over=example",
+]
 
 
 def assert_the_bill_is_right(norm, plan):
@@ -149,6 +156,17 @@ def test_replicas_send_nothing_but_their_running_statistics():
     assert together == [2 * features * ring, 2 * features * ring]
     assert apart == [2 * features * ring, 0]
     assert compiled == pytest.approx(predicted)
+
+
+def test_streams_of_their_own_send_nothing_but_their_states():
+    """No device goes on with what another began, so nothing is gathered."""
+
+    def kinds(norm):
+        lines = gradient_lines(built(recipe_of(model_of(norm), "data=4"))[0])
+        return {line.kind for line in lines if line.bytes}
+
+    assert kinds("online:replicas=2") == {"all_gather", "all_reduce"}
+    assert kinds("online:replicas=4") == {"all_reduce"}
 
 
 def test_a_norm_that_no_model_can_have_is_refused():

@@ -246,6 +246,9 @@ def test_a_norm_that_reads_weights_is_refused_where_there_are_none():
         free("propagation")
     with pytest.raises(Refused, match=r"model\.norm.*instance:running=true.*that it is to predict"):
         free("instance:running=true", causal=True)
+    for norm in ("streaming", "batch_renorm:begin=0"):
+        with pytest.raises(Refused, match=rf"model\.norm = {norm}: .*inside a cell"):
+            free(norm, cell=True)
     assert free("instance")(8).dims[0] == {"gain": "embed", "bias": "embed"}
 
 
@@ -265,6 +268,7 @@ def test_a_norm_that_is_none_is_refused(norm, problem):
 
 UNFIT = ["group:groups=5", "layer:over=batch", "batch:keep=1.5", "rms:eps=-1.0", "batch_renorm:rmax=0.5"]
 UNFIT += ["streaming:current=0.5", "weight:keep=nan", "instance:eps=-1.0", "batch:replicas=0", "group:groups=-1"]
+UNFIT += ["online:groups=3", "online:replicas=0"]
 
 
 @pytest.mark.parametrize("norm", UNFIT)
@@ -274,7 +278,8 @@ def test_arguments_out_of_range_are_refused(norm):
 
 
 def test_what_does_not_fit_the_data_is_refused():
-    with pytest.raises(Refused, match=r"8 examples is not 3 equal parts.*replicas=1"):
-        jax.eval_shape(*placed("batch:replicas=3"), jnp.zeros(TEXT.array))
+    for norm in ("batch:replicas=3", "online:replicas=3"):
+        with pytest.raises(Refused, match=rf"{norm}: .*8 examples is not 3 equal parts.*replicas=1"):
+            jax.eval_shape(*placed(norm), jnp.zeros(TEXT.array))
     with pytest.raises(Refused, match=r"model\.norm.*instance"):
         jax.eval_shape(*placed("instance", FLAT), jnp.zeros(FLAT.array))

@@ -35,6 +35,12 @@ def test_it_is_the_loop(decay, count):
     check(own if decay == "of its own" else decay, inputs)
 
 
+@pytest.mark.parametrize(("decay", "count"), [(0.002, BLOCK + 1), (0.9, BLOCK**2 + 1)])
+def test_powers_may_be_less_than_any_number(decay, count):
+    """Of 128 entries 0.002, of 128 x 128 0.9."""
+    check(decay, jnp.asarray(np.random.default_rng(0).normal(size=(count, 1)), jnp.float32))
+
+
 @settings(max_examples=4, deadline=None)
 @given(st.floats(0.01, 1.0), st.integers(0, 2**32 - 1))
 def test_a_stream_in_two_parts_is_one_stream(decay, seed):

@@ -44,6 +44,13 @@ def ranges(norm: str, **given: tuple[float, float, float]) -> None:
     refuse(problems)
 
 
+def refuse_cut(norm: str, examples: int, replicas: int) -> None:
+    """Refuse to cut a microbatch into parts that are not equal."""
+    if examples % replicas:
+        rule = f"a microbatch of {examples} examples is not {replicas} equal parts."
+        raise wrong(f"{norm}:replicas={replicas}", rule, f"replicas={math.gcd(examples, replicas)}")
+
+
 def affine(width: int, dims: str, *, gain: bool = True, bias: bool = True) -> tuple[Callable, dict[str, str]]:
     """`init()` of a gain of ones and a bias of zeros, as far as they are wanted, and their dims."""
     wanted = {"gain": jnp.ones} if gain else {}

@@ -7,6 +7,7 @@ Source: Blelloch 1990, Prefix sums and their applications, CMU-CS-90-190, sectio
 """
 
 import math
+import sys
 
 import jax.numpy as jnp
 from jax import lax
@@ -49,8 +50,11 @@ def _joined(first, second):
 
 
 def _power(decay: float, steps, dtype):
-    """`decay ** steps`; its logarithm is rounded, not the decay itself, of which the difference to 1 is what counts."""
-    return jnp.exp(math.log(decay) * steps.astype(dtype))
+    """`decay ** steps`; its logarithm is rounded, not the decay itself, of which the difference to 1 is what counts.
+
+    Powers of many blocks may be 0.
+    """
+    return jnp.exp(math.log(max(decay, sys.float_info.min)) * steps.astype(dtype))
 
 
 def _in_blocks(decay: float, inputs, powers):

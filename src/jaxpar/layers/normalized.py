@@ -63,16 +63,17 @@ def squares(ctx, weight, words: str):
     return ctx.columns(jnp.square(wide(weight)), " ".join(words.split()[-2:]))
 
 
-def free(norm: str, *, causal: bool = False, field: str = FIELD) -> Callable[..., Layer]:
+def free(norm: str, *, causal: bool = False, cell: bool = False, field: str = FIELD) -> Callable[..., Layer]:
     """The norm as `make(width, dims, bias)`, for where it follows no product.
 
     Args:
         norm: a member of norms/, perhaps with arguments.
         causal: whether it stands in a language model, where no position may see a later one.
+        cell: whether it stands in a loop over positions.
         field: of the recipe, for messages.
 
     Raises:
-        Refused: if there is no such norm, if it acts on weights, or if it looks ahead and must not.
+        Refused: if there is no such norm, if it acts on weights, or if it looks ahead, or is for no loop, and must not.
     """
     make = _member(norm, field)
     if family.constant(make, "READS", None):
@@ -81,4 +82,7 @@ def free(norm: str, *, causal: bool = False, field: str = FIELD) -> Callable[...
     if causal and family.constant(make, "AHEAD", False):
         rule = "takes statistics over a whole sequence, so a position would see the tokens that it is to predict."
         raise Refused([Problem(field, norm, rule, "layer, rms or group")])
+    if cell and family.constant(make, "ONCE", False):
+        rule = "keeps count of microbatches, and inside a cell it would be used once for each position."
+        raise Refused([Problem(field, norm, rule, "layer, group, batch or online")])
     return make

@@ -40,7 +40,7 @@ def gru(
         tied: whether the head of a language model is the token table.
     """
     make_norm, hidden = free(norm, causal=True), hidden or width
-    inside = None if cell_norm == "none" else free(cell_norm, causal=True, field="model.cell_norm")
+    inside = None if cell_norm == "none" else free(cell_norm, causal=True, cell=True, field="model.cell_norm")
     block = {
         "norm": make_norm(width, bias=bias),
         "recurrence": recurrence(width, hidden, norm=inside, bias=bias),

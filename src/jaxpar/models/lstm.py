@@ -40,7 +40,7 @@ def lstm(
 
     Source: Chiley et al. 2019, arXiv:1905.05894, section 5, where one layer stands between table and head.
     """
-    inside, hidden = None if norm == "none" else free(norm, causal=True), hidden or width
+    inside, hidden = None if norm == "none" else free(norm, causal=True, cell=True), hidden or width
     block = {
         "recurrence": recurrence(width, hidden, norm=inside, bias=bias),
         "down": dense(hidden, width, "mlp embed", bias=bias),

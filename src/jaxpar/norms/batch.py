@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxpar.core.moments import affine, moved, ranges, rows, standardized, wide, wrong
+from jaxpar.core.moments import affine, moved, ranges, refuse_cut, rows, standardized, wide
 from jaxpar.core.types import Layer
 
 
@@ -53,7 +53,7 @@ def batch(
         if not ctx.train:
             y = (wide(x) - running["mean"]) * jax.lax.rsqrt(running["variance"] + eps)
             return moved(params, y, x.dtype), extra
-        _cut(ctx.extent("batch", len(x), beside=dims), replicas)
+        refuse_cut("batch", ctx.extent("batch", len(x), beside=dims), replicas)
         y, (mean, variance) = standardized(lambda a: ctx.mean(a, dims, over, {"batch": replicas}), x, params, eps)
         whole = math.prod(ctx.extent(word, n, beside=dims) for word, n in zip(over.split(), x.shape, strict=False))
         count = whole // replicas
@@ -68,10 +68,3 @@ def batch(
 
     state = {"mean": dims, "variance": dims} | ({"count": ""} if cumulative else {})
     return Layer(start, apply, dims=(names, {"forward": state}))
-
-
-def _cut(examples: int, replicas: int) -> None:
-    """Refuse parts that are not equal."""
-    if examples % replicas:
-        rule = f"a microbatch of {examples} examples is not {replicas} equal parts."
-        raise wrong(f"batch:replicas={replicas}", rule, f"replicas={math.gcd(examples, replicas)}")

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxpar.core.moments import affine, moved, ranges, rows, standardized, wide
 from jaxpar.core.types import Layer
 
+ONCE = True  # per microbatch, or it would count positions of a loop as updates
+
 
 def batch_renorm(
     width: int,

@@ -10,7 +10,8 @@ d_t the gradient of y_t and <.> means over space, in the same order of examples:
     dx_t = d'_t / sqrt(var_{t-1} + eps) - (1 - b) u_{t-1},    u_t = u_{t-1} + <dx_t>
 
 This is no derivative of the forward pass: u and v are what past gradients had of the directions 1 and y, which a
-normalization takes away. v is stable while (1 - b) <y^2> < 2, which the control of errors sees to.
+normalization takes away. v is stable while (1 - b) <y^2> < 2, which the control of errors sees to. Under a loss scale
+u and v are those of scaled gradients, as they come.
 """
 
 import math
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core import compat
-from jaxpar.core.moments import SPACE, affine, wide
+from jaxpar.core.moments import SPACE, affine, refuse_cut, wide
 from jaxpar.core.refuse import Problem, near_miss, refuse
 from jaxpar.core.types import Layer
 
@@ -86,8 +87,8 @@ def online(
 
     The examples of a microbatch are one stream, in order, on however many devices; microbatches and steps follow each
     other. `replicas=N` cuts a microbatch into N streams that know nothing of each other: with N devices along `data`
-    no statistics are sent. Each keeps its state, and evaluation takes their mean; `average=true` makes one of them
-    after each microbatch. In evaluation mu and var are frozen and derivatives are ordinary; the control stays.
+    nothing is sent but the new states. Each keeps its own, and evaluation takes their mean; `average=true` makes one of
+    them after each microbatch. In evaluation mu and var are frozen and derivatives are ordinary; the control stays.
 
     Args:
         width: size of the last dim of x, over all devices.
@@ -109,7 +110,7 @@ def online(
     Source: Chiley et al. 2019, arXiv:1905.05894, sections 3 and 4; the controller as in its reference code.
     """
     form = Form(forward, backward, eps, control, clamp)
-    _check(form, groups, replicas)
+    _check(form, width, groups, replicas)
     trained, names = affine(width, dims, bias=bias)
     states, words = ((), dims) if replicas == 1 or average else ((replicas,), f"replicas {dims}")
 
@@ -130,7 +131,7 @@ def online(
     return Layer(init, apply, dims=(names, state))
 
 
-def _check(form: Form, groups: int, replicas: int) -> None:
+def _check(form: Form, width: int, groups: int, replicas: int) -> None:
     """Refuse numbers outside of their ranges."""
     found = []
 
@@ -144,6 +145,9 @@ def _check(form: Form, groups: int, replicas: int) -> None:
         must(0 < getattr(form, name) < math.inf, name, getattr(form, name), "must be positive.", f"{name}=1e-5")
     for name, value in (("groups", groups), ("replicas", replicas)):
         must(value >= 1, name, value, "must be at least 1.", f"{name}=1")
+    if groups >= 1:
+        rule = f"{width} features, which a layer of the model has, are no {groups} equal groups."
+        must(width % groups == 0, "groups", groups, rule, f"groups={math.gcd(width, groups)}")
     must(form.control in CONTROLS, "control", form.control, "there is no such one.", near_miss(form.control, CONTROLS))
     refuse(found)
 
@@ -162,6 +166,7 @@ def _ask(ctx, dims: str, x, groups: int, replicas: int) -> Ask:
         return ctx.mean(q, dims, over) if over else q
 
     def stream(decay, inputs, start):
+        refuse_cut("online", ctx.extent("batch", len(x), beside=dims), replicas)
         given = start.reshape(*start.shape[:-1], *[1] * (x.ndim - 2), start.shape[-1]).astype(inputs.dtype)
         shared = replicas > 1 and start.ndim == 1
         given = jnp.broadcast_to(given, (replicas, *given.shape)) if shared else given

@@ -22,6 +22,8 @@ from jaxpar.core import compat
 from jaxpar.core.moments import affine, moved, ranges, rows, wide
 from jaxpar.core.types import Layer
 
+ONCE = True  # per microbatch: its state has no order within one, as a loop over positions would ask for
+
 
 def streaming(
     width: int,
@@ -48,8 +50,8 @@ def streaming(
         bias: whether to have a bias.
 
     Returns:
-        A layer from `x[batch, .., width]` to the same shape and dtype; its state has a half for each pass. Not for
-        loops over time. Under a loss scale the gradients of statistics are kept as they come, scaled.
+        A layer from `x[batch, .., width]` to the same shape and dtype; its state has a half for each pass. Cells
+        of recurrent layers refuse it. Under a loss scale the gradients of statistics are kept as they come, scaled.
 
     Source: Liao, Kawaguchi and Poggio 2016, arXiv:1610.06160, "streaming normalization" with p = 2, as the authors
         restate it in github.com/liaoq/StreamingNorm (README, streaming.py); the weights are those that it gives for

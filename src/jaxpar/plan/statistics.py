@@ -99,7 +99,8 @@ def recurrence_of(settings) -> Callable:
             decay = jnp.broadcast_to(lax.stop_gradient(jnp.asarray(decay, inputs.dtype)), inputs.shape)
             decay, inputs = jnp.where(begins, 0, decay), jnp.where(begins, decay * own, 0) + inputs
         products, states = prefix(decay, inputs)
-        met = _met(settings, products[-1:], states[-1:], starts[:1], axes) if axes else starts[:1]
+        begin = not axes or here % long == 0  # no device goes on with what another began
+        met = own[:1] if begin else _met(settings, products[-1:], states[-1:], starts[:1], axes)
         states = states + products * met
         before = jnp.where(begins, own, jnp.concatenate([met, states[:-1]]))
         if not axes:
