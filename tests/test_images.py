@@ -497,6 +497,7 @@ IDX = struct.pack(">4I", 0x803, 2, 3, 3) + bytes(range(18))
         (gzip.compress(IDX)[:-9], "cannot be unpacked"),
         (b"no gzip", "cannot be unpacked"),
     ],
+    ids=["short", "long", "header", "type", "cut", "plain"],  # gzip writes the time of day
 )
 def test_idx_files_that_are_wrong_are_refused(data, word):
     assert idx(gzip.compress(IDX), (2, 3, 3)).tolist() == np.arange(18).reshape(2, 3, 3).tolist()
