@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from laid_out import laid_out, pull
+from networks import NETWORKS
 from parity import assert_equal
 
 from jaxpar.core import family
@@ -159,12 +160,15 @@ def test_two_recurrent_layers_give_the_states_and_gradients_of_torch():
 # --- meaning
 
 SMALL = {"vocab": 6, "context": 6, "layers": 1, "width": 8, "hidden": 8, "heads": 2, "example": (2, 3)}
+IMAGE = 64, 64, 1  # the least that all networks for images take
 
 
 def small(name, **fields):
     """A small model of the family; of language, if it can be one."""
     build = family.pick("models", name)
     known = {key: value for key, value in SMALL.items() if key != "example" or name not in models_with("tied")}
+    if name in NETWORKS:
+        known |= vars(NETWORKS[name]) | {"vocab": 6, "example": IMAGE}
     return build(**family.accepted(build, known | fields))
 
 
@@ -175,7 +179,9 @@ def models_with(field):
 def on_one_device(model, name, **mode):
     """`apply(params, extra, x) -> (logits, extra)` and an x for it."""
     if name not in models_with("tied"):
-        x, dims = jax.random.normal(jax.random.key(1), (2, *SMALL["example"])), ("batch - -", "batch vocab")
+        example = IMAGE if name in NETWORKS else SMALL["example"]
+        words = "batch height width -" if name in NETWORKS else "batch - -"
+        x, dims = jax.random.normal(jax.random.key(1), (2, *example)), (words, "batch vocab")
     else:
         x, dims = jnp.arange(12).reshape(2, 6) % 6, ("batch context", "batch context vocab")
     return laid_out(model, "data=1", {"batch": 2, "context": 6}, dims, **mode), x
@@ -197,7 +203,12 @@ def test_logits_of_a_language_model_depend_on_this_and_all_earlier_tokens_alone(
     assert_equal(depends, np.tril(np.ones((6, 6))), tolerance=0)
 
 
-@pytest.mark.parametrize("name", models_with("dropout"))
+DROPPING = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "googlenet" else name for name in models_with("dropout")
+]
+
+
+@pytest.mark.parametrize("name", DROPPING)
 def test_dropout_of_rate_0_in_training_is_any_rate_in_evaluation(name):
     params, extra = drawn(small(name))
 

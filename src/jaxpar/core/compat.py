@@ -32,6 +32,12 @@ def no_compile_cache() -> None:
         compilation_cache.reset_cache()  # jax looks at the setting once only
 
 
+def varying_together(tree):
+    """The same, each leaf typed as varying over all axes that any of them does; the gradient of one is then its sum."""
+    axes = sorted({axis for leaf in jax.tree.leaves(tree) for axis in varying_axes(leaf)})
+    return jax.tree.map(lambda leaf: vary(leaf, axes), tree)
+
+
 def varying_axes(a) -> tuple[str, ...]:
     """Mesh axes over which `a`, an array or what is known of one, is typed as varying inside `jax.shard_map`."""
     known = a if isinstance(a, jax.core.AbstractValue) else jax.typeof(a)

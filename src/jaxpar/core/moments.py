@@ -58,10 +58,15 @@ def affine(width: int, dims: str, *, gain: bool = True, bias: bool = True) -> tu
     return lambda: {name: make(width) for name, make in wanted.items()}, dict.fromkeys(wanted, dims)
 
 
-def moved(params, y, dtype):
-    """y times the gain plus the bias, as far as there are any, in `dtype`; an activation called norm."""
+def affined(params, y):
+    """y times the gain plus the bias, as far as there are any."""
     y = y * params["gain"] if "gain" in params else y
-    return checkpoint_name((y + params["bias"] if "bias" in params else y).astype(dtype), "norm")
+    return y + params["bias"] if "bias" in params else y
+
+
+def moved(params, y, dtype):
+    """The same in `dtype`; an activation called norm."""
+    return checkpoint_name(affined(params, y).astype(dtype), "norm")
 
 
 def standardized(mean: Callable, x, params, eps: float, *, centre: bool = True):
@@ -82,9 +87,7 @@ def standardized(mean: Callable, x, params, eps: float, *, centre: bool = True):
         y in the dtype of x; mean and variance in float32 or wider, to look at: no gradient goes through them. In two
         passes, since a mean of squares less the square of the mean loses digits.
     """
-    axes = sorted({axis for leaf in (x, *jax.tree.leaves(params)) for axis in compat.varying_axes(leaf)})
-    x, params = jax.tree.map(lambda leaf: compat.vary(leaf, axes), (x, params))
-    y, moments = _standardized(mean, (eps, centre), x, params)
+    y, moments = _standardized(mean, (eps, centre), *compat.varying_together((x, params)))
     return checkpoint_name(y, "norm"), jax.lax.stop_gradient(moments)
 
 
@@ -100,9 +103,7 @@ def _forth(mean, how, x, params):
     centred = centred - middle if centre else centred
     variance = mean(centred**2)
     scale = jax.lax.rsqrt(variance + eps)
-    y = centred * scale
-    y = y * params["gain"] if "gain" in params else y
-    y = (y + params["bias"] if "bias" in params else y).astype(x.dtype)
+    y = affined(params, centred * scale).astype(x.dtype)
     return (y, (middle, variance)), (x, middle, scale, params)
 
 

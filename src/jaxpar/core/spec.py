@@ -44,7 +44,8 @@ def member(folder: str, text: str, field: str, reserved: tuple[str, ...] = ()) -
             try:
                 fields[key] = _value(word, known[key])
             except ValueError as error:
-                problems.append(Problem(field, text, f"`{key}` must be {error}.", f"{name}:{key}={known[key]}"))
+                legal = f"{name}:{key}={str(known[key]).lower()}"
+                problems.append(Problem(field, text, f"`{key}` must be {error}.", legal))
     if problems:
         raise Refused(problems)
     return functools.wraps(found)(functools.partial(found, **fields)) if fields else found

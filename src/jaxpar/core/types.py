@@ -77,6 +77,7 @@ class Context(NamedTuple):
         hold: `hold(w, "mlp mlp")`: a weight fetched once, ahead of a loop that uses it many times.
         loop: `loop(body, carry, xs)`: `jax.lax.scan` for a loop over rows, counted by the bill.
         train: whether this is training (dropout on, batch statistics) or evaluation.
+        scale: what gradients are multiplied by on their way back: the loss scale, or 1.
         fresh: whether this is the first microbatch since the weights changed; a boolean, maybe traced.
     """
 
@@ -97,6 +98,7 @@ class Context(NamedTuple):
     hold: Callable
     loop: Callable
     train: bool
+    scale: Any
     fresh: Any
 
 

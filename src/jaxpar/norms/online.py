@@ -10,8 +10,8 @@ d_t the gradient of y_t and <.> means over space, in the same order of examples:
     dx_t = d'_t / sqrt(var_{t-1} + eps) - (1 - b) u_{t-1},    u_t = u_{t-1} + <dx_t>
 
 This is no derivative of the forward pass: u and v are what past gradients had of the directions 1 and y, which a
-normalization takes away. v is stable while (1 - b) <y^2> < 2, which the control of errors sees to. Under a loss scale
-u and v are those of scaled gradients, as they come.
+normalization takes away. v is stable while (1 - b) <y^2> < 2, which the control of errors sees to. Both are kept
+as they are without a loss scale.
 """
 
 import math
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core import compat
-from jaxpar.core.moments import SPACE, affine, refuse_cut, wide
+from jaxpar.core.moments import SPACE, affine, affined, refuse_cut, wide
 from jaxpar.core.refuse import Problem, near_miss, refuse
 from jaxpar.core.types import Layer
 
@@ -124,7 +124,7 @@ def online(
         if not ctx.train:
             return checkpoint_name(_still(form, ask, params, extra["forward"], x), "norm"), extra
         seen, after = _statistics(form, ask, extra["forward"], x)
-        z, backward = _controlled(form, ask)(*_varying((x, params, seen)), extra["backward"])
+        z, backward = _controlled(form, ask)(*compat.varying_together((x, params, seen)), extra["backward"], ctx.scale)
         return checkpoint_name(z, "norm"), {"forward": after, "backward": backward}
 
     state = {"forward": {"mean": words, "variance": words}, "backward": {"u": words, "v": words, "passes": ""}}
@@ -150,12 +150,6 @@ def _check(form: Form, width: int, groups: int, replicas: int) -> None:
         must(width % groups == 0, "groups", groups, rule, f"groups={math.gcd(width, groups)}")
     must(form.control in CONTROLS, "control", form.control, "there is no such one.", near_miss(form.control, CONTROLS))
     refuse(found)
-
-
-def _varying(tree):
-    """The same typed as varying over all axes that any of it does: jax then sums the gradients of what is shared."""
-    axes = sorted({axis for leaf in jax.tree.leaves(tree) for axis in compat.varying_axes(leaf)})
-    return jax.tree.map(lambda leaf: compat.vary(leaf, axes), tree)
 
 
 def _ask(ctx, dims: str, x, groups: int, replicas: int) -> Ask:
@@ -192,7 +186,7 @@ def _statistics(form: Form, ask: Ask, before: dict, x) -> tuple[Seen, dict]:
 
 
 def _controlled(form: Form, ask: Ask) -> Callable:
-    """`(x, params, seen, control) -> (z, control)` with the gradients of the controller.
+    """`(x, params, seen, control, loss_scale) -> (z, control)` with the gradients of the controller.
 
     The control goes through unchanged, and its cotangent is the state: that of the result as later uses left it, if
     there were any; that of the argument as this one leaves it. So it runs against time through loops, and once for each
@@ -201,19 +195,19 @@ def _controlled(form: Form, ask: Ask) -> Callable:
     share = 1 - form.backward
 
     @jax.custom_vjp
-    def normalized(x, params, seen, control):
-        return forth(x, params, seen, control)[0]
+    def normalized(x, params, seen, control, loss_scale):
+        return forth(x, params, seen, control, loss_scale)[0]
 
-    def forth(x, params, seen, control):
-        z, scale = _compensated(form, ask, _affine(params, (wide(x) - seen.mean) / seen.deviation))
-        return (z.astype(x.dtype), control), (x, params, seen, control, scale)
+    def forth(x, params, seen, control, loss_scale):
+        z, scale = _compensated(form, ask, affined(params, (wide(x) - seen.mean) / seen.deviation))
+        return (z.astype(x.dtype), control), (x, params, seen, control, scale, loss_scale)
 
     def back(kept, cotangents):
-        x, params, seen, control, scale = kept
+        x, params, seen, control, scale, loss_scale = kept
         dz, later = wide(cotangents[0]), cotangents[1]
         control = jax.tree.map(lambda new, old: jnp.where(later["passes"] > 0, new, old), later, control)
         y = (wide(x) - seen.mean) / seen.deviation
-        da = _pulled(form, ask, _affine(params, y), scale, dz)
+        da = _pulled(form, ask, affined(params, y), scale, dz)
         where = tuple(range(1, x.ndim - 1))
         sums, along = (q.sum(where, keepdims=True) for q in (da, da * y))
         trained = {"gain": along, "bias": sums}
@@ -224,10 +218,13 @@ def _controlled(form: Form, ask: Ask) -> Callable:
         mean, along = (params["gain"] * ask.space(q / places) for q in (sums, along))  # of d, and of d y
         own = (seen.own_mean - seen.mean) / seen.deviation  # the mean of y
         square = seen.own_variance / seen.deviation**2 + own**2
-        v_before, v = ask.stream(1 - share * square, along, control["v"])
-        u_before, u = ask.stream(form.backward, (mean - share * v_before * own) / seen.deviation, control["u"])
+        v_before, v = ask.stream(1 - share * square, along, control["v"] * loss_scale)
+        u_before, u = ask.stream(
+            form.backward, (mean - share * v_before * own) / seen.deviation, control["u"] * loss_scale
+        )
         dx = (da * params["gain"] - share * v_before * y) / seen.deviation - share * u_before
-        return dx.astype(x.dtype), trained, None, {"u": u, "v": v, "passes": control["passes"] + 1}
+        new = {"u": u / loss_scale, "v": v / loss_scale, "passes": control["passes"] + 1}
+        return dx.astype(x.dtype), trained, None, new, None
 
     normalized.defvjp(forth, back)
     return normalized
@@ -236,12 +233,8 @@ def _controlled(form: Form, ask: Ask) -> Callable:
 def _still(form: Form, ask: Ask, params, state: dict, x):
     """Evaluation: frozen statistics, those of several streams averaged."""
     mean, variance = (leaf.mean(0) if leaf.ndim > 1 else leaf for leaf in (state["mean"], state["variance"]))
-    z, _ = _compensated(form, ask, _affine(params, (wide(x) - mean) * jax.lax.rsqrt(variance + form.eps)))
+    z, _ = _compensated(form, ask, affined(params, (wide(x) - mean) * jax.lax.rsqrt(variance + form.eps)))
     return z.astype(x.dtype)
-
-
-def _affine(params, y):
-    return y * params["gain"] + params["bias"] if "bias" in params else y * params["gain"]
 
 
 def _compensated(form: Form, ask: Ask, a):

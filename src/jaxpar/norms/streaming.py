@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpar.core import compat
-from jaxpar.core.moments import affine, moved, ranges, rows, wide
+from jaxpar.core.moments import affine, affined, moved, ranges, rows, wide
 from jaxpar.core.types import Layer
 
 ONCE = True  # per microbatch: its state has no order within one, as a loop over positions would ask for
@@ -51,7 +51,7 @@ def streaming(
 
     Returns:
         A layer from `x[batch, .., width]` to the same shape and dtype; its state has a half for each pass. Cells
-        of recurrent layers refuse it. Under a loss scale the gradients of statistics are kept as they come, scaled.
+        of recurrent layers refuse it.
 
     Source: Liao, Kawaguchi and Poggio 2016, arXiv:1610.06160, "streaming normalization" with p = 2, as the authors
         restate it in github.com/liaoq/StreamingNorm (README, streaming.py); the weights are those that it gives for
@@ -71,7 +71,7 @@ def streaming(
         def mean(a):
             return jax.lax.stop_gradient(ctx.mean(a, dims, rows(x))).reshape(-1)
 
-        return _trained(mean, (keep, behind, ahead, eps), params, extra, x, jnp.asarray(ctx.fresh))
+        return _trained(mean, (keep, behind, ahead, eps), params, extra, x, (jnp.asarray(ctx.fresh), ctx.scale))
 
     def start(key):
         zeros = _empty("mean", jnp.zeros(width))
@@ -81,18 +81,17 @@ def streaming(
     return Layer(start, apply, dims=(names, dict.fromkeys(("forward", "backward"), _words(dims))))
 
 
-def _trained(mean, how, params, extra, x, fresh):
-    """What `streaming` gives in training, for `mean(a) -> [width]` over the microbatch."""
+def _trained(mean, how, params, extra, x, now):
+    """What `streaming` gives in training, for `mean(a) -> [width]` over the microbatch; now: fresh and loss scale."""
+    fresh, loss_scale = now
     keep, behind, ahead, eps = how
     held, own = extra["forward"], mean(wide(x))
     new = _pushed(held, "mean", own, fresh, keep)
     middle = _combined(new, "mean", own, behind)
     new |= _pushed(held, "variance", mean((wide(x) - middle) ** 2), fresh, keep)
     scale = jax.lax.rsqrt(_combined(new, "variance", None, behind) + eps)
-    used = jax.lax.stop_gradient((own, middle, scale, fresh.astype(scale.dtype)))
-    axes = sorted({axis for leaf in (x, *jax.tree.leaves(params)) for axis in compat.varying_axes(leaf)})
-    x, params = jax.tree.map(lambda leaf: compat.vary(leaf, axes), (x, params))
-    y = _streamed(mean, (keep, ahead), x, params, used, extra["backward"])
+    used = jax.lax.stop_gradient((own, middle, scale, fresh.astype(scale.dtype), jnp.asarray(loss_scale, scale.dtype)))
+    y = _streamed(mean, (keep, ahead), *compat.varying_together((x, params)), used, extra["backward"])
     return checkpoint_name(y, "norm"), extra | {"forward": jax.lax.stop_gradient(new)}
 
 
@@ -128,9 +127,8 @@ def _combined(held, name: str, now, weights):
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _streamed(mean, how, x, params, used, state):
     """y; the cotangent of `state` is its next value."""
-    _, middle, scale, _ = used
-    y = (wide(x) - middle) * scale * params["gain"]
-    return (y + params["bias"] if "bias" in params else y).astype(x.dtype)
+    _, middle, scale, *_ = used
+    return affined(params, (wide(x) - middle) * scale).astype(x.dtype)
 
 
 def _forth(mean, how, x, params, used, state):
@@ -138,7 +136,8 @@ def _forth(mean, how, x, params, used, state):
 
 
 def _back(mean, how, kept, dy):
-    x, params, (own, middle, scale, fresh), state = kept
+    x, params, used, state = kept
+    own, middle, scale, fresh, loss_scale = used
     keep, weights = how
     dy, by_row, centred = wide(dy), tuple(range(x.ndim - 1)), wide(x) - middle
     found = {"gain": dy * centred * scale, "bias": dy}
@@ -146,14 +145,14 @@ def _back(mean, how, kept, dy):
     inner = dy * params["gain"] * scale
     # gradients by variance and mean, as means over examples rather than sums
     by_variance = -mean(inner * centred) * scale**2 / 2
-    new = _pushed(state, "variance", by_variance, fresh, keep)
-    by_variance = _combined(new, "variance", by_variance, weights)
+    new = _pushed(state, "variance", by_variance / loss_scale, fresh, keep)
+    by_variance = _combined(new, "variance", by_variance / loss_scale, weights) * loss_scale
     by_mean = -mean(inner) - 2 * by_variance * (own - middle)
-    new |= _pushed(state, "mean", by_mean, fresh, keep)
-    by_mean = _combined(new, "mean", by_mean, weights)
+    new |= _pushed(state, "mean", by_mean / loss_scale, fresh, keep)
+    by_mean = _combined(new, "mean", by_mean / loss_scale, weights) * loss_scale
     new = {name: compat.vary(new[name], compat.varying_axes(leaf)) for name, leaf in state.items()}
     dx = inner + by_mean + 2 * by_variance * centred
-    return dx.astype(x.dtype), found, jax.tree.map(jnp.zeros_like, (own, middle, scale, fresh)), new
+    return dx.astype(x.dtype), found, jax.tree.map(jnp.zeros_like, used), new
 
 
 _streamed.defvjp(_forth, _back)

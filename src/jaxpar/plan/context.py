@@ -38,6 +38,7 @@ def context(settings: Settings) -> Context:
         hold=hold_of(settings),
         loop=_loop(settings),
         train=settings.train,
+        scale=settings.scale,
         fresh=jnp.equal(settings.first_example, 0),
     )
 

@@ -33,6 +33,7 @@ class Settings(NamedTuple):
         key: random key of this step and layer; None if nothing is drawn.
         first_example: global index of the first example of this microbatch.
         first_layer: number of the first block of a stack that is here, where a pipeline stage holds some of them.
+        scale: what the backward pass begins with: the loss scale, or 1.
         unroll: run the blocks of a stack one by one (True), in one scan (False), or as is faster (None).
         regather: inside that scan, gather again in the backward pass.
         remat: what the backward pass computes again, in training.
@@ -49,6 +50,7 @@ class Settings(NamedTuple):
     key: Any = None
     first_example: Any = 0
     first_layer: Any = 0
+    scale: Any = 1.0
     unroll: bool | None = None
     regather: bool = True
     remat: Remat = Remat()

@@ -78,8 +78,9 @@ def gradients(
     def loss(ctx, logits, labels):
         return _share(settings, ctx.cross_entropy(logits, labels).sum()) / count
 
-    manner = Manner(True, pipeline.storage, _examples(settings, batch), loss, 1.0 if scale is None else scale)
-    done = _played(model, pipeline, settings._replace(key=key), manner, (entered, extra, batch))
+    scale = 1.0 if scale is None else scale
+    manner = Manner(True, pipeline.storage, _examples(settings, batch), loss, scale)
+    done = _played(model, pipeline, settings._replace(key=key, scale=scale), manner, (entered, extra, batch))
     found, comm = reducer.reduce(_summed(model, pipeline, done.total), comm, partial(zero.summed, settings))
     if settings.policy.gradient:
         found = jax.tree.map(settings.policy.gradient, found, model.dims[0])
