@@ -5,7 +5,7 @@ The cases of table 1 of the Online Normalization paper: ResNet-50 on images of 2
 Bytes of one device, all found from abstract shapes: the trace of a step is laid out as XLA for CPUs would
 (`report/memory.py`), nothing of this size is compiled or run. float32, SGD with momentum, everything kept for the way
 back. Parameters, their gradients and their momentum are the same for both norms; activations grow with the batch.
-Expect 32 and 128 times the activations, so that volumes fit no accelerator but at batch 1.
+Expect nearly 32 and 128 times the activations: large volumes fit an accelerator at batch 1, or none at all.
 
 The U-Nets are those of `models/unet.py`: four levels, 64 channels at the first, two classes for each pixel of three
 channels or voxel of one. The paper does not say all of that, and its figures are not repeated here, since they could

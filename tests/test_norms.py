@@ -159,7 +159,7 @@ def test_what_is_normalized_together_may_lie_over_devices(norm, plan):
 @each_norm
 def test_evaluation_treats_each_example_alone_and_keeps_the_state(norm):
     apply, params, extra = placed(norm, train=False)
-    x = 3 + 2 * drawn(1, TEXT.array)
+    extra, x = jax.tree.map(lambda leaf: leaf + 0.5, extra), 3 + 2 * drawn(1, TEXT.array)  # both halves of it
     y, after = apply(params, extra, x)
     beside_others, _ = apply(params, extra, x.at[1:].set(drawn(2, TEXT.array)[1:]))
     assert_equal(beside_others[0], y[0], tolerance=0)
