@@ -90,7 +90,7 @@ def built(recipe: Recipe) -> tuple[Parts, Program]:
 
 def _inside(model: Model) -> bool:
     """Whether norms stand in its cells: layer scaling of what is nearly 0 would multiply rounding as well."""
-    return bool(model.cell_norm or model.name in ("rnn", "lstm"))
+    return model.name in ("rnn", "lstm") or (model.name == "gru" and model.norm is not None)
 
 
 @functools.cache

@@ -49,6 +49,7 @@ def options(folder, *flags):
     return parse(tensor_parallel.BASE, tensor_parallel.main, "t", [*SMALL, "--runs-dir", str(folder), *flags])
 
 
+@pytest.mark.slow
 def test_tensor_parallel_measures_every_plan_it_is_given(tmp_path, monkeypatch, capsys):
     chosen = ["tensor=one_d:4", "data=2,tensor=two_d:2x2"]
     monkeypatch.setattr(tensor_parallel, "plans", lambda devices: chosen)
@@ -128,6 +129,7 @@ def test_pipeline_memory_of_every_schedule(tmp_path):
     assert len(memory_rows(tmp_path, recipe, microbatches="8,16,32")) == 2 * 3 * (len(family.names("schedules")) - 1)
 
 
+@pytest.mark.slow
 def test_scaling_predicts_every_kind_of_plan(tmp_path, capsys, monkeypatch):
     tiny = Model("gpt", layers=4, width=32, heads=8, hidden=64, context=8, vocab=64)
     monkeypatch.setattr(scaling, "SHAPES", {"tiny": (tiny, 64)})
@@ -177,7 +179,7 @@ def test_memory_measures_what_is_claimed(tmp_path, capsys, monkeypatch):
     assert bill["share"] > bill["of_data"] > 0.85 and chain["p"] > 1.5
     rows = {(row["model"], row["remat"]): row for row in found["trade"]}
     block = rows["convnet", "block"]
-    assert (block["of_old"], block["of_new"]) == pytest.approx((1 / 3, 1 / 4), abs=0.01) and block["total"] < 0.2
+    assert (block["of_old"], block["of_new"]) == pytest.approx((1 / 3, 1 / 4), abs=0.01) and block["total"] < 0.25
     assert rows["convnet", "dots"]["of_old"] == 0 < rows["mlp", "block"]["of_old"] < 1 / 5
     assert everything["holds"] == inputs["holds"] == [1, 1] and inputs["ratio"] == 1
     for term, count in {"b s h/t bfloat16": 4, "b s 4h/t bfloat16": 2, "b s h bool": 2, "b a/t s s bool": 1}.items():

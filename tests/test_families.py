@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from harness import SMALL, losses, recipe_of, variant
+from networks import NETWORKS
+from test_recurrent import TEXT
 
 from jaxpar.core import family
 
@@ -17,7 +19,8 @@ def curves(field="", model=SMALL["mlp"], **choice):
 
 
 def test_every_model_is_compared_with_one_device():
-    assert sorted(SMALL) == family.names("models"), "add the model to SMALL in tests/harness.py: test_parity.py runs it"
+    why = "add the model to SMALL in tests/harness.py, which test_parity.py runs, or to tests/networks.py"
+    assert sorted({*SMALL, *NETWORKS, *TEXT}) == family.names("models"), why
 
 
 @pytest.mark.parametrize("name", family.names("optimizers"))

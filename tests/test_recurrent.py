@@ -205,7 +205,7 @@ def with_norm(model, norm):
     """With the norm inside its cells."""
     if norm == "none":
         return model
-    return variant(model, **{"cell_norm" if model.name == "gru" else "norm": norm})
+    return variant(model, norm=norm)
 
 
 @lru_cache

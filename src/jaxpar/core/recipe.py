@@ -23,8 +23,7 @@ class Model:
         context: longest sequence, in tokens.
         vocab: tokens or classes; by default what the data has.
         dropout: share of entries zeroed in training.
-        norm: a member of norms/.
-        cell_norm: the same, inside the cells of a gru; an rnn or lstm has its norm there.
+        norm: a member of norms/, with arguments of its own such as group:groups=8; in the cells of an rnn, lstm or gru.
         activation: gelu (exact), gelu_tanh, relu or tanh.
         bias: whether projections and norms have a bias.
         tied: whether the head is the token table.
@@ -40,7 +39,6 @@ class Model:
     vocab: int | None = None
     dropout: float | None = None
     norm: str | None = None
-    cell_norm: str | None = None
     activation: str | None = None
     bias: bool | None = None
     tied: bool | None = None

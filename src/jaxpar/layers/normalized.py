@@ -14,8 +14,8 @@ FIELD = "model.norm"
 OWN = ("width", "dims", "bias")  # arguments of a norm that are the model's to give
 
 
-def _member(norm: str, field: str = FIELD) -> Callable[..., Layer]:
-    return spec.member("norms", norm, field, OWN)
+def _member(norm: str) -> Callable[..., Layer]:
+    return spec.member("norms", norm, FIELD, OWN)
 
 
 def normalized(linear: Layer, norm: str, width: int, dims: str, after: Callable | None = None) -> Layer:
@@ -63,26 +63,25 @@ def squares(ctx, weight, words: str):
     return ctx.columns(jnp.square(wide(weight)), " ".join(words.split()[-2:]))
 
 
-def free(norm: str, *, causal: bool = False, cell: bool = False, field: str = FIELD) -> Callable[..., Layer]:
+def free(norm: str, *, causal: bool = False, cell: bool = False) -> Callable[..., Layer]:
     """The norm as `make(width, dims, bias)`, for where it follows no product.
 
     Args:
         norm: a member of norms/, perhaps with arguments.
         causal: whether it stands in a language model, where no position may see a later one.
         cell: whether it stands in a loop over positions.
-        field: of the recipe, for messages.
 
     Raises:
         Refused: if there is no such norm, if it acts on weights, or if it looks ahead, or is for no loop, and must not.
     """
-    make = _member(norm, field)
+    make = _member(norm)
     if family.constant(make, "READS", None):
         rule = "acts on the weights of the product before it, and in this model norms follow none."
-        raise Refused([Problem(field, norm, rule, "layer, or a model of convolutions such as resnet")])
+        raise Refused([Problem(FIELD, norm, rule, "layer, or a model of convolutions such as resnet")])
     if causal and family.constant(make, "AHEAD", False):
         rule = "takes statistics over a whole sequence, so a position would see the tokens that it is to predict."
-        raise Refused([Problem(field, norm, rule, "layer, rms or group")])
+        raise Refused([Problem(FIELD, norm, rule, "layer, rms or group")])
     if cell and family.constant(make, "ONCE", False):
         rule = "keeps count of microbatches, and inside a cell it would be used once for each position."
-        raise Refused([Problem(field, norm, rule, "layer, group, batch or online")])
+        raise Refused([Problem(FIELD, norm, rule, "layer, group, batch or online")])
     return make

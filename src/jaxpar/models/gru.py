@@ -18,8 +18,7 @@ def gru(
     width: int = 64,
     hidden: int | None = None,
     dropout: float = 0.0,
-    norm: str = "layer",
-    cell_norm: str = "none",
+    norm: str = "none",
     bias: bool = True,
     tied: bool = True,
 ) -> Layer:
@@ -34,13 +33,12 @@ def gru(
         width: features of the residual stream.
         hidden: features of the recurrent state; by default as many.
         dropout: rate at the end of each block.
-        norm: a member of norms/, before each recurrence and the head.
-        cell_norm: a member of norms/, inside each gate, on the sum of both its products.
+        norm: a member of norms/, inside each gate, on the sum of both its products; the residual stream has layer norm.
         bias: whether projections, gates and norms have one.
         tied: whether the head of a language model is the token table.
     """
-    make_norm, hidden = free(norm, causal=True), hidden or width
-    inside = None if cell_norm == "none" else free(cell_norm, causal=True, cell=True, field="model.cell_norm")
+    inside, hidden = None if norm == "none" else free(norm, causal=True, cell=True), hidden or width
+    make_norm = free("layer")
     block = {
         "norm": make_norm(width, bias=bias),
         "recurrence": recurrence(width, hidden, norm=inside, bias=bias),
