@@ -11,6 +11,7 @@ from operator import add
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpar.core.moments import wide
 from jaxpar.core.parts import function
 from jaxpar.core.types import Layer
 
@@ -39,8 +40,7 @@ def average_pool(window: int, strides: int | None = None) -> Layer:
     """The mean of each window that lies within x, added up in float32; arguments as of `max_pool`."""
 
     def apply(x, ctx):
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        sums = _together(wide, window, strides or window, "VALID", 0, add)
+        sums = _together(wide(x), window, strides or window, "VALID", 0, add)
         return (sums / window ** (x.ndim - 2)).astype(x.dtype)
 
     return function(apply)
